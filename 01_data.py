@@ -1,0 +1,265 @@
+"""Get the dataset and look at it.
+
+The lecture's introduction (video from 0:19:35, https://youtu.be/ZhC-DIrCe6A?t=1175), its "Downloading the data" and
+its "Data processing" (from 0:25:50).
+
+  python 01_data.py --sample                  24 images, no download
+  python 01_data.py                           25,000 images: downloads 839 MB where they are missing
+  python 01_data.py --from-kaggle ~/kaggle    makes them from Kaggle's own train/ and test1/, unzipped there
+
+Leaves the dataset in data/dogscats (or --data-dir), and in the output folder inputs_try.npy, labels_try.npy,
+01_valid_batch.png and 01_train_batch.png. DOGSCATS_URL in the environment names a mirror of the archive.
+"""
+import gzip
+import hashlib
+import http.client
+import itertools
+import os
+import re
+import shutil
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path, PurePosixPath
+
+from common import (CLASSES, UserError, banner, check_dataset, get_device, imagenet_format, imshow, load_image,
+                    loader_options, option_parser, parse_options, progress, save, save_figure)
+import matplotlib.pyplot as plt
+import torch
+import torchvision
+from torch.utils.data import DataLoader
+from torchvision import datasets
+
+# ==================================== getting the files; the lecture's part begins at "if __name__", further below
+
+URLS = ["https://s3.amazonaws.com/fast-ai-sample/dogscats.tgz",
+        "http://files.fast.ai/data/examples/dogscats.tgz"]  # the lecture's link, to the same file
+SIZE = 839_285_364  # bytes of the archive
+UNPACKED = 900_000_000  # bytes on the disk, about: JPEGs hardly compress, and each takes whole blocks
+MD5_OF_FIRST_MIB = "3e483c8d6ef2175e9d395a6027eb92b7"
+COUNTS = {"train/cats": 11_500, "train/dogs": 11_500, "valid/cats": 1_000, "valid/dogs": 1_000, "test1": 12_500,
+          "sample/train/cats": 8, "sample/train/dogs": 8, "sample/valid/cats": 4, "sample/valid/dogs": 4}
+MIB = 2**20
+
+
+def fetch(url, part):
+    """Get what the file `part` still lacks of the archive; OSError or HTTPException where the connection breaks."""
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # the server can't go on from there: all of it, then
+            raise
+        response = urllib.request.urlopen(url, timeout=30)
+    with response:
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+            raise OSError("it sends another part than asked for")
+        if response.status != 206:  # the whole file: the server knows no Range
+            done = 0
+        first = response.read(MIB)
+        length = int(response.headers.get("Content-Length", SIZE - done))
+        if done + length != SIZE or (done == 0 and not first.startswith(b"\x1f\x8b")):  # how a gzip file begins
+            raise OSError("what it sends is not the archive; does this network want you to log in?")
+        with open(part, "ab") as file:
+            file.truncate(done)
+            chunks = itertools.chain([first], iter(lambda: response.read(MIB), b""))
+            for chunk in progress(chunks, -(-(SIZE - done) // MIB), "MB", lambda chunk: len(chunk) / 1e6):
+                file.write(chunk)
+    if part.stat().st_size != SIZE:
+        raise OSError(f"the connection closed after {part.stat().st_size:,} of {SIZE:,} bytes")
+
+
+def download(archive):
+    """Download the archive, from where an earlier run stopped; UserError where no link works."""
+    part = archive.with_name(archive.name + ".part")
+    if part.exists() and part.stat().st_size > SIZE:
+        part.unlink()
+    done = part.stat().st_size if part.exists() else 0
+    needed, free = SIZE - done + UNPACKED, shutil.disk_usage(part.parent).free
+    if needed > free:
+        raise UserError(f"{part.parent}: about {needed:,} bytes are needed for the archive and the images, {free:,} are "
+                        "free; make room, or choose another --data-dir")
+    print(f"downloading {SIZE:,} bytes to {archive}" + (f", going on after the first {done:,}" if done else ""))
+    failures = []
+    for url in [os.environ["DOGSCATS_URL"]] if "DOGSCATS_URL" in os.environ else URLS:
+        try:
+            if done < SIZE:
+                fetch(url, part)
+            return os.replace(part, archive)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            failures.append(f"{url}: {str(error) or type(error).__name__}")
+    raise UserError(f"the dataset can't be downloaded ({'; '.join(failures)}). About {needed:,} bytes of room are needed. "
+                    f"Run this again to go on where it stopped, or get the file with a browser and save it as {archive}")
+
+
+def unpack(archive, data_dir):
+    """Check the archive and unpack it: all of it appears as data_dir, or nothing. UserError where it is not right."""
+    with open(archive, "rb") as file:
+        md5 = hashlib.md5(file.read(MIB), usedforsecurity=False).hexdigest()
+    if archive.stat().st_size != SIZE or md5 != MD5_OF_FIRST_MIB:
+        archive.unlink()
+        raise UserError(f"{archive}: was not the dataset's archive, and is removed; run this again to download it")
+    folder = data_dir.with_name(data_dir.name + ".part")
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
+    try:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in progress(tar, sum(COUNTS.values()), "files", lambda member: 1):
+                path = PurePosixPath(member.name)
+                if not (member.isfile() or member.isdir()) or path.is_absolute() or re.search(r"\.\.|[\\:]", member.name):
+                    raise UserError(f"{archive}: holds {member.name!r}, no plain file of the dataset: don't use it")
+                target = folder.joinpath(*path.parts[1:])  # without the leading dogscats/
+                (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+                if member.isfile():
+                    with open(target, "wb") as file:
+                        shutil.copyfileobj(tar.extractfile(member), file)
+            while stream.read(MIB):  # on to the end, where gzip checks its sum
+                pass
+        move_in(folder, data_dir, COUNTS)
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        archive.unlink()
+        raise UserError(f"{archive}: was damaged ({error}), and is removed; run this again to download it") from error
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); about {UNPACKED:,} bytes are needed. Make room "
+                        "and run this again, or choose another --data-dir") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"unpacked to {data_dir}; {archive} is not needed any more, you may delete it")
+
+
+def move_in(folder, data_dir, counts):
+    """Give the finished folder its final name, if it holds as many files as it should."""
+    for name, count in counts.items():
+        found = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
+        if found != count:
+            raise UserError(f"{name} holds {found:,} files instead of {count:,}: the archive is not the lecture's dataset")
+    if data_dir.exists():
+        data_dir.rmdir()  # empty
+    os.replace(folder, data_dir)
+
+
+def from_kaggle(source, data_dir):
+    """Build the lecture's folders from Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., by hard links or copies.
+
+    Of each class the last 8 % are for validation, ids 11500 to 12499 of the whole set. `source` stays as it is.
+    """
+    def numbered(folder, pattern):
+        found = [(re.fullmatch(pattern, entry.name), Path(entry)) for entry in os.scandir(folder)] if folder.is_dir() else []
+        return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+    places = {}  # folder of the lecture -> files of Kaggle
+    for name in CLASSES:
+        images = numbered(source / "train", rf"{name[:-1]}\.(\d+)\.jpg")
+        if len(images) < 2:
+            raise UserError(f"{source / 'train'}: holds {len(images)} {name}; --from-kaggle needs Kaggle's train/ "
+                            f"unzipped there, with {name[:-1]}.0.jpg and so on, two of each class at the least")
+        n_valid = max(1, len(images) * 8 // 100)
+        places[f"train/{name}"], places[f"valid/{name}"] = images[:-n_valid], images[-n_valid:]
+        places[f"sample/train/{name}"], places[f"sample/valid/{name}"] = images[:-n_valid][:8], images[-n_valid:][:4]
+    places["test1"] = numbered(source / "test1", r"(\d+)\.jpg") or numbered(source / "test", r"(\d+)\.jpg")
+    folder = data_dir.with_name(data_dir.name + ".part")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for name, images in places.items():
+            (folder / name).mkdir(parents=True)
+            for image in images:
+                try:
+                    os.link(image, folder / name / image.name)
+                except OSError:  # another file system, or one without hard links
+                    shutil.copyfile(image, folder / name / image.name)
+        move_in(folder, data_dir, {name: len(images) for name, images in places.items()})
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); make room there, or choose another --data-dir") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"made {data_dir} from {source}" + ("" if places["test1"] else "; no test1/ there, so no Kaggle submission"))
+
+
+def get_dataset(data_dir, kaggle):
+    """Make sure that data_dir holds a dataset; what is there already is never fetched again or overwritten."""
+    if data_dir.is_dir() and any(data_dir.iterdir()):
+        if kaggle:
+            raise UserError(f"--from-kaggle: {data_dir} is not empty, and the two must not mix; move it away")
+        return
+    try:
+        data_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{data_dir}: can't be made ({error.strerror}); choose another --data-dir") from error
+    archive = data_dir.parent / "dogscats.tgz"
+    if kaggle:
+        from_kaggle(kaggle, data_dir)
+    else:
+        if not archive.exists():
+            download(archive)
+        unpack(archive, data_dir)
+
+
+if __name__ == "__main__":
+    parser = option_parser(__doc__, network=False)
+    parser.add_argument("--from-kaggle", type=Path, metavar="DIR", help="make the dataset from Kaggle's unzipped files")
+    args = parse_options(parser)
+    if args.sample and args.from_kaggle:
+        parser.error("--from-kaggle makes the whole dataset: leave out --sample")
+
+    banner("Using CNN for dogs vs cats", 1175, args.pause)
+    print("25,000 photos of cats and dogs with labels to learn from, 12,500 without to predict, for Kaggle's competition\n"
+          "Dogs vs Cats. At the end of 2013 the state of the art was said to be 80 % of them right.")
+
+    banner("Imports", 1175, args.pause)
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {sys.version}")
+    device = get_device("auto")
+    print(f"Using gpu: {device.type != 'cpu'} ({device})")
+
+    banner("Downloading the data", 1175, args.pause)
+    if not args.sample:
+        get_dataset(args.data_dir, args.from_kaggle)
+    check_dataset(args.data_dir)
+    print(args.data_dir)
+    for name in COUNTS:
+        if (args.data_dir / name).is_dir():
+            print(f"  {name:<20} {len(os.listdir(args.data_dir / name)):6,} images")
+
+    banner("Data processing", 1550, args.pause)
+    data_dir = args.data_dir
+    # All images get the size 224 x 224, and the colours the scale that VGG16 was trained with.
+    print(f"imagenet_format: {imagenet_format}")
+    dsets = {x: datasets.ImageFolder(data_dir / x, imagenet_format, loader=load_image) for x in ["train", "valid"]}
+    print("\nclasses, the names of the folders:", dsets["train"].classes)
+    print("class_to_idx, their labels:", dsets["train"].class_to_idx)
+    print("the first 5 of imgs, (file, label):", *dsets["train"].imgs[:5], sep="\n  ")
+    dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
+    print("dset_sizes:", dset_sizes)
+    dset_classes = dsets["train"].classes
+
+    # The images come in batches: shuffled to train, in their order to validate.
+    options = loader_options(dset_sizes["train"], args.num_workers, device)
+    torch.manual_seed(args.seed)
+    loader_train = DataLoader(dsets["train"], batch_size=64, shuffle=True, **options)
+    loader_valid = DataLoader(dsets["valid"], batch_size=5, shuffle=False, **options)
+    print(f"\nbatches of loader_valid: {len(loader_valid)}, of 5 images each")
+    inputs_try, labels_try = next(iter(loader_valid))
+    print("labels_try of the first one:", labels_try)
+    print("inputs_try.shape:", tuple(inputs_try.shape))  # (5, 3, 224, 224)
+
+    print("\nWhat is an image for your computer? inputs_try[0]:", inputs_try[0], sep="\n")
+    print(f"from {inputs_try[0].min():.3f} to {inputs_try[0].max():.3f}: normalizing takes the mean away, so what is "
+          "darker than the mean is negative")
+
+    # A grid from the first batch of the validation data
+    out = torchvision.utils.make_grid(inputs_try)
+    plt.figure(figsize=(10, 2.8), layout="constrained")
+    imshow(out, title=[dset_classes[x] for x in labels_try])
+    save_figure(args.output_dir / "01_valid_batch.png", args.show)
+
+    # A grid from a batch of the training data
+    inputs, classes = next(iter(loader_train))
+    n_images = 8
+    out = torchvision.utils.make_grid(inputs[:n_images])
+    plt.figure(figsize=(14, 2.6), layout="constrained")
+    imshow(out, title=[dset_classes[x] for x in classes[:n_images]])
+    save_figure(args.output_dir / "01_train_batch.png", args.show)
+
+    save(args.output_dir, {"inputs_try.npy": inputs_try.numpy(), "labels_try.npy": labels_try.numpy()})
+    print(f"\nDone. Next: python 02_vgg_imagenet.py{args.shared}")

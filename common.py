@@ -1,0 +1,444 @@
+"""What the five scripts share: options, images, VGG16 and its head, the train and test loops, files.
+
+Nothing here runs on its own. Open it when a script calls a function that you want to look inside.
+"""
+import argparse
+import contextlib
+import hashlib
+import http.client
+import io
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A problem that the user can mend. Its one message names the file or the option and says what to do."""
+
+
+def report(kind, error, traceback):
+    """How every script ends: a line and status 1 for what the user can mend, 130 after Ctrl-C, a traceback for a bug."""
+    text = str(error).strip()
+    if issubclass(kind, KeyboardInterrupt) and not hasattr(sys, "ps1"):  # ps1: at the prompt of python -i
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        if not sys.flags.interactive:
+            raise SystemExit(130)
+    elif issubclass(kind, UserError):
+        # a DataLoader hands on a worker's error as a long text that ends in "common.UserError: message"
+        print("error: " + text.splitlines()[-1].removeprefix("common.UserError: "), file=sys.stderr)
+    elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
+        print("error: a worker process was killed (is memory short?): try --num-workers 0", file=sys.stderr)
+    elif issubclass(kind, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text):
+        print("error: out of memory: try a smaller --batch-size, or --device cpu", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def ignore_ctrl_c(worker_id=None):
+    """In a worker process: Ctrl-C reaches every process of the terminal, and the main one ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# Before the slow imports, so that Ctrl-C during them is one line too.
+sys.excepthook = report
+if multiprocessing.parent_process():
+    ignore_ctrl_c()
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision import datasets, models, transforms
+
+HERE = Path(__file__).resolve().parent
+CLASSES = ["cats", "dogs"]
+IMAGENET = models.VGG16_Weights.IMAGENET1K_V1
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's red, green and blue, for values in [0, 1]
+
+
+# ---------------------------------------------------------------------------------------------- options and output
+
+def number(kind, least, most):
+    """An argparse type: an int or a float from least to most."""
+    def parse(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def option_parser(doc, network=True):
+    """The options of every script; with `network`, also those of the scripts that run VGG16."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("common options").add_argument
+    add("--sample", action="store_true", help="run on 24 images: DIR/sample, else the pictures that come with the scripts")
+    add("--data-dir", type=Path, metavar="DIR", help="where train/ and valid/ are (default: data/dogscats)")
+    add("--output-dir", type=Path, metavar="DIR", help="where results go (default: outputs/full, or outputs/sample)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="seed of all that is random (default: 0)")
+    add("--num-workers", type=number(int, 0, 256), metavar="N", help="processes that decode images (default: by machine)")
+    add("--show", action="store_true", help="also open each figure in a window; close it to go on")
+    add("--pause", action="store_true", help="wait for Enter at each heading of the lecture")
+    if network:
+        add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU if there is one")
+        add("--weights", default="imagenet", metavar="imagenet|untrained|FILE",
+            help="VGG16's weights: ImageNet's (528 MB, downloaded once), random ones, or a .pth file of yours")
+        add("--bf16", action="store_true", help="frozen layers in bfloat16: faster, and the last digits change")
+    return parser
+
+
+def parse_options(parser):
+    """Parse the command line, find the folders and print the options in force. Returns argparse's namespace.
+
+    Its `shared` holds, as one would type them, the options given that the next script needs too.
+    """
+    args = parser.parse_args()
+    passed_on = ("sample", "data_dir", "output_dir", "seed", "device", "weights", "bf16")
+    given = {name: value for name, value in vars(args).items() if name in passed_on and value != parser.get_default(name)}
+    args.output_dir = args.output_dir or HERE / "outputs" / ("sample" if args.sample else "full")
+    args.data_dir = args.data_dir or HERE / "data" / "dogscats"
+    if args.sample:
+        args.data_dir = args.data_dir / "sample" if (args.data_dir / "sample").is_dir() else HERE / "sample"
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the console can't print
+    if not args.show:
+        matplotlib.use("Agg")  # draws without a display
+    print("options:", *(f"{name}={value}" for name, value in vars(args).items() if value is not None))
+    args.shared = "".join(f" --{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
+                          for name, value in given.items())
+    return args
+
+
+def banner(heading, seconds, pause=False):
+    """Print a heading of the lecture and where in the video its part begins; wait for Enter if `pause`."""
+    clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    print(f"\n{'=' * 80}\n{heading}\n  video from {clock}, https://youtu.be/ZhC-DIrCe6A?t={seconds}\n{'=' * 80}")
+    if pause and sys.stdin.isatty():
+        input("press Enter to go on ")
+
+
+def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
+    """Hand on `total` batches; say on stderr how far it is, how fast, and the time left.
+
+    In place on a terminal; in a log a line after 30 s, and then ever more rarely.
+    """
+    terminal = sys.stderr.isatty()
+    wait, done = (0.2 if terminal else 30), 0
+    start = last = time.monotonic()
+    for i, batch in enumerate(batches, 1):
+        yield batch
+        done += size(batch)
+        now = time.monotonic()
+        if now - last >= wait:
+            left = round((now - start) / i * (total - i))
+            text = (f"  {i / total:4.0%}, {done:,.0f} {unit}, {done / (now - start):,.1f} {unit}/s, "
+                    f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+            print(f"\r{text:<79}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+            last, wait = now, (wait if terminal else 2 * wait)
+    if terminal and last != start:
+        print(f"\r{'':79}", end="\r", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+imagenet_format = transforms.Compose([
+    transforms.CenterCrop(224),
+    transforms.ToTensor(),
+    transforms.Normalize(mean=MEAN, std=STD),
+])
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def load_image(path, upright=False):
+    """The picture in the file `path` as an RGB PIL image; with `upright`, turned as its EXIF data says.
+
+    UserError where it is damaged, no picture, or so large that it may be an attack.
+    """
+    try:
+        with Image.open(path) as image:
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would turn all above 255 white
+                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path}: not a whole picture ({error}); replace or remove it") from error
+
+
+def imshow(image, title=None):
+    """Show a normalized image, a (3, H, W) tensor, on the current axes."""
+    image = image.numpy().transpose((1, 2, 0))  # (H, W, 3)
+    plt.imshow(np.clip(np.array(STD) * image + np.array(MEAN), 0, 1))
+    plt.axis("off")
+    if title is not None:
+        plt.title(title, parse_math=False)
+
+
+def show_images(images, titles, heading):
+    """A new figure: a heading over the images, (3, H, W) normalized tensors or PIL images, each under its own title."""
+    columns = min(len(images), 4) or 1
+    rows = -(-len(images) // columns) or 1
+    plt.figure(figsize=(3 * max(columns, 3), 3.4 * rows + 0.4), layout="constrained")
+    plt.suptitle(heading if len(images) else f"{heading}: none")
+    for i, (image, title) in enumerate(zip(images, titles, strict=True), 1):
+        plt.subplot(rows, columns, i)
+        if isinstance(image, torch.Tensor):
+            imshow(image, title)
+        else:
+            plt.imshow(image)
+            plt.axis("off")
+            plt.title(title, fontsize="small", parse_math=False)
+
+
+def check_dataset(data_dir):
+    """UserError unless train and valid each hold just cats and dogs, none empty.
+
+    Only lists the folders: what is wrong inside an image is said when it is decoded.
+    """
+    for folder in (data_dir / part / name for part in ("train", "valid") for name in ("", *CLASSES)):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is missing: run python 01_data.py first (after moving away what is left of "
+                            f"{data_dir}, if anything), or use --sample")
+        entries = list(os.scandir(folder))
+        expected = CLASSES if folder.name in ("train", "valid") else []
+        for entry in entries:  # ImageFolder would make any other folder a class, and shift the labels
+            if entry.is_dir() and entry.name not in expected:
+                raise UserError(f"{entry.path}: an unexpected class or folder; move it away")
+        if not expected and not any(datasets.folder.is_image_file(entry.name) for entry in entries):
+            raise UserError(f"{folder}: no images in it; put them back, or move {data_dir} away and run python 01_data.py")
+
+
+def loader_options(n_images, num_workers, device):
+    """The DataLoader arguments that depend on the machine."""
+    if num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        # one process decodes faster than a CPU runs VGG16, a GPU needs many; a few images are done before they start
+        num_workers = 0 if n_images < 500 else 1 if device.type == "cpu" else min(cores, 16)
+    return {"num_workers": num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_ctrl_c}
+
+
+# ----------------------------------------------------------------------------------------- device, VGG16, its head
+
+def get_device(name, bf16=False):
+    """The torch.device for auto, cpu, cuda or mps; UserError where the machine lacks it, or it can't do bfloat16."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(name for name in available if available[name])
+    if not available[name]:
+        raise UserError(f"--device {name}: this machine, or this torch, has none; use --device cpu")
+    if bf16 and (name == "mps" or (name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))):
+        raise UserError(f"--bf16: {name} does no bfloat16 on this machine; leave it out, or add --device cpu")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it, as cuDNN's convolutions do by default
+    return torch.device(name)
+
+
+def imagenet_file():
+    """The path of torchvision's ImageNet weights for VGG16; downloads them (528 MB) where they aren't there yet."""
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
+    if not path.exists():
+        print(f"downloading VGG16's ImageNet weights (528 MB) to {path}")
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # torch.hub sets none: a stalled server would hang it for ever
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(IMAGENET.url, path, path.stem.split("-")[1], progress=sys.stderr.isatty())
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the hash differs
+            raise UserError(f"VGG16's ImageNet weights can't be downloaded ({error}): get {IMAGENET.url} with a "
+                            f"browser and save it as {path}, or use --weights FILE or --weights untrained") from error
+        finally:
+            socket.setdefaulttimeout(before)
+    return path
+
+
+def choose_weights(weights, sample):
+    """`weights`; but "untrained", after a loud notice, where a --sample run can't get those of ImageNet."""
+    try:
+        if weights == "imagenet":
+            imagenet_file()
+    except UserError as error:
+        if not sample:
+            raise
+        print(error)
+        weights = "untrained"
+    if weights == "untrained":
+        print("*" * 80, "NOTICE: untrained weights. VGG16 is random here: every step runs, but what it predicts",
+              "means nothing, and no number below says how well the lecture's network does.", "*" * 80, sep="\n")
+    return weights
+
+
+def load_vgg16(weights):
+    """torchvision's VGG16, on the CPU, in training mode. weights: "imagenet", "untrained" (random, always the same)
+    or the path of a .pth file; UserError where that holds no VGG16."""
+    if weights == "untrained":
+        torch.manual_seed(0)
+        return models.vgg16()
+    path = imagenet_file() if weights == "imagenet" else Path(weights)
+    with torch.device("meta"):  # takes no memory or time: 138 million random numbers would only be overwritten
+        model = models.vgg16()
+    load_state(model, path, "delete it and run again" if weights == "imagenet" else "give another file to --weights")
+    return model
+
+
+def freeze_and_replace_head(model):
+    """Freeze all of VGG16, then make its last layer a new, trainable one for 2 classes, with log-probabilities out."""
+    for param in model.parameters():
+        param.requires_grad = False
+    model.classifier[6] = nn.Linear(4096, 2)
+    model.classifier.add_module("7", nn.LogSoftmax(dim=1))
+    return model
+
+
+def frozen_to_bfloat16(model):
+    """Cast all layers but the last to bfloat16, once; the last one stays float32, and is given float32."""
+    model.features.to(torch.bfloat16)
+    model.classifier[:6].to(torch.bfloat16)
+    model.classifier[6].register_forward_pre_hook(lambda layer, inputs: inputs[0].float())
+
+
+# ------------------------------------------------------------------------------------------- train and test loops
+
+def train_model(model, loader, optimizer, epochs, criterion=nn.NLLLoss()):
+    """Train what the optimizer holds on the loader's (inputs, classes), and print a line per epoch.
+
+    Returns [(mean loss per image, accuracy), ...], one per epoch, measured as it trains: with dropout on.
+    """
+    model.train()
+    first = next(model.parameters())  # inputs go to its device and type
+    history = []
+    for epoch in range(1, epochs + 1):
+        start = time.perf_counter()
+        running_loss = running_corrects = size = 0
+        for inputs, classes in progress(loader, len(loader)):
+            inputs = inputs.to(first.device, first.dtype, non_blocking=True)
+            classes = classes.to(first.device, non_blocking=True)
+            outputs = model(inputs)  # (B, 2) log-probabilities
+            loss = criterion(outputs, classes)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            preds = outputs.argmax(dim=1)
+            # statistics; they stay on the device: .item() would make a GPU wait at every batch
+            running_loss += loss.detach() * len(classes)
+            running_corrects += (preds == classes).sum()
+            size += len(classes)
+        history.append((running_loss.item() / size, running_corrects.item() / size))
+        print(f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {history[-1][0]:.4f}  accuracy {history[-1][1]:.4f}  "
+              f"{time.perf_counter() - start:.2f} s")
+    return history
+
+
+@torch.inference_mode()
+def test_model(model, loader, criterion=nn.NLLLoss()):
+    """Run the model over the loader, in eval mode and without gradients.
+
+    Returns predictions (M,) int64, all_proba (M, 2) float32 probabilities, all_classes (M,) int64, and the mean loss
+    per image and the accuracy.
+    """
+    model.eval()
+    first = next(model.parameters())
+    all_outputs, all_classes = [], []
+    for inputs, classes in progress(loader, len(loader)):
+        all_outputs.append(model(inputs.to(first.device, first.dtype, non_blocking=True)).cpu())
+        all_classes.append(classes)
+    outputs, classes = torch.cat(all_outputs), torch.cat(all_classes)
+    predictions = outputs.argmax(dim=1)
+    loss, accuracy = criterion(outputs, classes).item(), (predictions == classes).double().mean().item()
+    print(f"loss {loss:.4f}  accuracy {accuracy:.4f}")
+    return predictions.numpy(), outputs.exp().numpy(), classes.numpy(), loss, accuracy
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+def save(folder, files):
+    """Write {name: content}, all whole or none: a .npy array, .pt state dict, .png figure, .csv text or .json dict.
+
+    All go to part files and are then renamed. The last of several vouches for the rest: it goes first and comes back
+    last, so that half a set is never taken for a whole one. UserError where the disk refuses.
+    """
+    parts = {folder / name: folder / f"{name}.part" for name in files}
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in zip(parts, files.values(), strict=True):
+            buffer = io.BytesIO()
+            if path.suffix == ".npy":
+                np.save(buffer, content, allow_pickle=False)
+            elif path.suffix == ".pt":
+                torch.save(content, buffer)
+            elif path.suffix == ".png":
+                content.savefig(buffer)
+            else:
+                buffer.write((content if path.suffix == ".csv" else json.dumps(content, indent=1, default=str)).encode())
+            with open(parts[path], "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+        if len(parts) > 1:
+            path.unlink(missing_ok=True)
+        for path, part in parts.items():
+            os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); make room, or choose another --output-dir") from error
+    finally:
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.unlink()
+    print("saved", *parts, sep="\n  " if len(parts) > 1 else " ")
+
+
+def save_figure(path, show=False):
+    """Save the current figure, open it in a window if `show`, and close it."""
+    save(path.parent, {path.name: plt.gcf()})
+    if show:
+        plt.show()
+    plt.close()
+
+
+def load(path, remedy):
+    """A saved file: .npy (memory-mapped), .json, .pt or .pth. Never runs code that a pickle may hold.
+
+    UserError, ending in the remedy, where it is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {remedy}")
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can set off any
+        raise UserError(f"{path} is damaged or unsafe ({type(error).__name__}): {remedy}") from error
+
+
+def load_state(module, path, remedy):
+    """Give the module the tensors of a state dict file in place of its own; UserError unless names and shapes fit."""
+    state_dict = load(path, remedy)
+    expected = {name: value.shape for name, value in module.state_dict().items()}
+    if not isinstance(state_dict, dict) or {k: getattr(v, "shape", None) for k, v in state_dict.items()} != expected:
+        raise UserError(f"{path} holds other layers than {type(module).__name__}'s: {remedy}")
+    module.load_state_dict({name: value.float() for name, value in state_dict.items()}, assign=True)
+
+
+def weights_hash(model):
+    """SHA-256 of a model's weights."""
+    sha256 = hashlib.sha256()
+    for value in model.state_dict().values():
+        sha256.update(value.numpy())
+    return sha256.hexdigest()
+
+
+def files_hash(dset):
+    """SHA-256 of the names, sizes and times of an ImageFolder's files, in its order."""
+    stats = ((os.path.relpath(path, dset.root), os.stat(path)) for path, _ in dset.imgs)
+    return hashlib.sha256("\n".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats).encode()).hexdigest()
