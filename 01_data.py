@@ -49,11 +49,11 @@ def fetch(url, part):
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
-        response = urllib.request.urlopen(request, timeout=30)
+        response = urllib.request.urlopen(request)  # gives up after 30 s of silence: see socket in common.py
     except urllib.error.HTTPError as error:
         if error.code != 416:  # the server can't go on from there: all of it, then
             raise
-        response = urllib.request.urlopen(url, timeout=30)
+        response = urllib.request.urlopen(url)
     with response:
         if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
             raise OSError("it sends another part than asked for")
@@ -80,8 +80,8 @@ def download(archive):
     done = part.stat().st_size if part.exists() else 0
     needed, free = SIZE - done + UNPACKED, shutil.disk_usage(part.parent).free
     if needed > free:
-        raise UserError(f"{part.parent}: about {needed:,} bytes are needed for the archive and the images, {free:,} are "
-                        "free; make room, or choose another --data-dir")
+        raise UserError(f"{part.parent}: about {needed:,} bytes are needed for archive and images, {free:,} are free; "
+                        "make room, or choose another --data-dir")
     print(f"downloading {SIZE:,} bytes to {archive}" + (f", going on after the first {done:,}" if done else ""))
     failures = []
     for url in [os.environ["DOGSCATS_URL"]] if "DOGSCATS_URL" in os.environ else URLS:
@@ -91,8 +91,8 @@ def download(archive):
             return os.replace(part, archive)
         except (OSError, ValueError, http.client.HTTPException) as error:
             failures.append(f"{url}: {str(error) or type(error).__name__}")
-    raise UserError(f"the dataset can't be downloaded ({'; '.join(failures)}). About {needed:,} bytes of room are needed. "
-                    f"Run this again to go on where it stopped, or get the file with a browser and save it as {archive}")
+    raise UserError(f"the dataset can't be downloaded ({'; '.join(failures)}). It needs about {needed:,} bytes of room. "
+                    f"Run this again to go on where it stopped, or save the file with a browser as {archive}")
 
 
 def unpack(archive, data_dir):
@@ -108,7 +108,7 @@ def unpack(archive, data_dir):
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in progress(tar, sum(COUNTS.values()), "files", lambda member: 1):
                 path = PurePosixPath(member.name)
-                if not (member.isfile() or member.isdir()) or path.is_absolute() or re.search(r"\.\.|[\\:]", member.name):
+                if path.is_absolute() or re.search(r"\.\.|[\\:]", member.name) or not (member.isfile() or member.isdir()):
                     raise UserError(f"{archive}: holds {member.name!r}, no plain file of the dataset: don't use it")
                 target = folder.joinpath(*path.parts[1:])  # without the leading dogscats/
                 (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def move_in(folder, data_dir, counts):
     for name, count in counts.items():
         found = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
         if found != count:
-            raise UserError(f"{name} holds {found:,} files instead of {count:,}: the archive is not the lecture's dataset")
+            raise UserError(f"{name} holds {found:,} files, not {count:,}: {data_dir} is not made; delete the archive")
     if data_dir.exists():
         data_dir.rmdir()  # empty
     os.replace(folder, data_dir)
@@ -146,8 +146,9 @@ def from_kaggle(source, data_dir):
     Of each class the last 8 % are for validation, ids 11500 to 12499 of the whole set. `source` stays as it is.
     """
     def numbered(folder, pattern):
-        found = [(re.fullmatch(pattern, entry.name), Path(entry)) for entry in os.scandir(folder)] if folder.is_dir() else []
-        return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+        paths = folder.iterdir() if folder.is_dir() else []
+        return sorted((path for path in paths if re.fullmatch(pattern, path.name)),
+                      key=lambda path: int(re.search(r"\d+", path.name)[0]))
 
     places = {}  # folder of the lecture -> files of Kaggle
     for name in CLASSES:
@@ -171,7 +172,7 @@ def from_kaggle(source, data_dir):
                     shutil.copyfile(image, folder / name / image.name)
         move_in(folder, data_dir, {name: len(images) for name, images in places.items()})
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); make room there, or choose another --data-dir") from error
+        raise UserError(f"{folder}: can't be written ({error.strerror}); make room or change --data-dir") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"made {data_dir} from {source}" + ("" if places["test1"] else "; no test1/ there, so no Kaggle submission"))

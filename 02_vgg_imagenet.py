@@ -11,8 +11,8 @@ probs_try.npy and 02_predictions.png; 02_zero_shot.json and 02_zero_shot.png; 02
 """
 from pathlib import Path
 
-from common import (CLASSES, IMAGENET, banner, check_dataset, choose_weights, files_hash, frozen_to_bfloat16, get_device,
-                    imagenet_format, load, load_image, load_vgg16, loader_options, option_parser, parse_options,
+from common import (CLASSES, IMAGENET, banner, check_dataset, choose_weights, files_hash, frozen_to_bfloat16,
+                    get_device, imagenet_format, load, load_image, load_vgg16, loader_options, option_parser, parse_options,
                     progress, save, save_figure, show_images, weights_hash)
 import matplotlib.pyplot as plt
 import numpy as np
@@ -79,8 +79,8 @@ if __name__ == "__main__":
     print("the class it belongs to:", [dic_imagenet[i] for i in preds_try])
     print("\nthe five most likely classes of each image:")
     for label, row in zip(labels_try, probs, strict=True):
-        vals, preds = row.topk(5)
-        print(f"  {CLASSES[label]}:", ", ".join(f"{dic_imagenet[i]} {val:.3f}" for val, i in zip(vals, preds, strict=True)))
+        five = [f"{dic_imagenet[i]} {val:.3f}" for val, i in zip(*row.topk(5), strict=True)]
+        print(f"  {CLASSES[label]}:", ", ".join(five))
 
     titles = [f"{CLASSES[label]}\n{dic_imagenet[i]}, {val:.3f}"
               for label, i, val in zip(labels_try, preds_try, vals_try, strict=True)]
@@ -90,7 +90,7 @@ if __name__ == "__main__":
 
     if args.zero_shot:
         # The lecture concludes that VGG16 knows cats and dogs already; this measures it.
-        print("\nBeyond the lecture: zero-shot. The probabilities of ImageNet's 118 kinds of dogs summed up, against those "
+        print("\nBeyond the lecture: zero-shot. The sum of the probabilities of ImageNet's 118 kinds of dogs against that "
               "of its 5 kinds of cats; nothing is trained.")
         loader_valid = DataLoader(dset_valid, batch_size=16, **options)
         with torch.inference_mode():
@@ -106,9 +106,10 @@ if __name__ == "__main__":
         # Most wrong: how much more it gives to the wrong animal than to the true one.
         margin = np.where(all_classes == 1, sums[:, 0] - sums[:, 1], sums[:, 1] - sums[:, 0])
         worst = [i for i in np.argsort(-margin, kind="stable")[:8] if predictions[i] != all_classes[i]]
-        titles = [f"{CLASSES[all_classes[i]]}\ncats {sums[i, 0]:.3f}, dogs {sums[i, 1]:.3f}\n{Path(dset_valid.imgs[i][0]).name}"
-                  for i in worst]
-        show_images([load_image(dset_valid.imgs[i][0]) for i in worst], titles, f"Zero-shot: most wrong{note}")
+        paths = [Path(dset_valid.imgs[i][0]) for i in worst]
+        titles = [f"{CLASSES[all_classes[i]]}\ncats {sums[i, 0]:.3f}, dogs {sums[i, 1]:.3f}\n{path.name}"
+                  for i, path in zip(worst, paths, strict=True)]
+        show_images([load_image(path) for path in paths], titles, f"Zero-shot: most wrong{note}")
         save_figure(args.output_dir / "02_zero_shot.png", args.show)
         save(args.output_dir, {"02_zero_shot.json": {
             "weights": args.weights, "pretrained": not note, "weights_sha256": weights_sha256,
@@ -116,7 +117,8 @@ if __name__ == "__main__":
             "confusion": confusion.tolist(), "outside": sums[:, 2].mean(), "options": vars(args)}})
 
     if args.image:
-        print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 as the weights want it")
+        print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 (the weights' own "
+              "transforms)")
         plt.figure(figsize=(10, 3 * len(photos)), layout="constrained")
         plt.suptitle(f"What VGG16 sees{note}")
         for row, (path, photo) in enumerate(zip(args.image, photos, strict=True)):

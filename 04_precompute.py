@@ -33,10 +33,11 @@ from torchvision import datasets
 
 
 def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
-    """The frozen layers' output for every image of dset, in its order: (N, *row_shape) float32, memory-mapped from path.
+    """Compute the frozen layers' output for every image of dset, in its order; each batch goes to the disk as it comes,
+    so that memory does not grow with N and a run that was stopped goes on after its last whole batch. `made_from` goes
+    into a .json beside path: a later run uses the file only if nothing of it has changed.
 
-    Each batch is written as it comes, so memory does not grow with N, and a run that was stopped goes on after its
-    last whole batch. made_from goes into a .json beside path: a later run uses the file only if nothing in it changed.
+    Returns the features, (N, *row_shape) float32, memory-mapped from path, and the images per second they took.
     """
     record = path.with_suffix(".json")
     if path.exists() and record.exists():
@@ -69,7 +70,7 @@ def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
                 print(f"{path.name}: going on after the first {done:,} of {len(dset):,} images")
             needed, free = (len(dset) - done) * row_bytes, shutil.disk_usage(path.parent).free
             if needed > free:
-                raise UserError(f"{path}: needs {needed:,} bytes, {free:,} are free; make room, or choose another --output-dir")
+                raise UserError(f"{path}: {needed:,} bytes are needed, {free:,} are free; make room or change --output-dir")
 
             loader = DataLoader(Subset(dset, range(done, len(dset))), batch_size=batch_size, **options)
             dtype = next(frozen.parameters()).dtype
@@ -84,8 +85,8 @@ def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
         record.unlink(missing_ok=True)  # without its record a file is made again: a new one never goes by an old record
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); {len(dset) * row_bytes:,} bytes are needed in all: "
-                        "make room and run again, it goes on from here") from error
+        raise UserError(f"{path}: can't be written ({error.strerror}); {len(dset) * row_bytes:,} bytes are needed in "
+                        "all. Make room and run again: it goes on from here") from error
     save(path.parent, {record.name: {**made_from, "images_per_second": images_per_second}})
     print(f"saved {path}: {len(dset):,} images, {images_per_second:.1f} images/s")
     return load(path, "run again"), images_per_second
@@ -112,8 +113,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=number(int, 1, 100_000), default=50, metavar="N", help="default: 50")
     parser.add_argument("--lr", type=number(float, 0, 1_000), default=0.001, help="learning rate (default: 0.001)")
     parser.add_argument("--batch-size", type=number(int, 1, 100_000), default=128, metavar="N", help="default: 128")
-    parser.add_argument("--layer", choices=["conv", "fc7"], default="conv", help="compute once up to the last "
-                        "convolution, as the lecture does, or up to the last but one fully connected layer (default: conv)")
+    parser.add_argument("--layer", choices=["conv", "fc7"], default="conv", help="what is computed once: the "
+                        "convolutions, as in the lecture, or all but the last layer (default: conv)")
     args = parse_options(parser)
     device = get_device(args.device, args.bf16)
     check_dataset(args.data_dir)
@@ -198,8 +199,8 @@ if __name__ == "__main__":
     if same and (metrics_03["device"], metrics_03["options"]["bf16"]) == (str(device), args.bf16):
         seconds["on images"] = metrics_03["seconds_per_epoch"]
         saved = seconds["on images"] - seconds["on features"]
-        print(f"training, per epoch on images (03_finetune_head.py): {seconds['on images']:.2f} s; "
-              + (f"precomputing has paid for itself after epoch {math.ceil(once / saved)}" if saved > 0 else "no gain here"))
+        print(f"training, per epoch on images (03_finetune_head.py): {seconds['on images']:.2f} s; precomputing has "
+              + (f"paid for itself after epoch {math.ceil(once / saved)}" if saved > 0 else "not paid for itself"))
     else:
         print("to compare with training on images, run python 03_finetune_head.py with the same options before")
 
@@ -208,7 +209,8 @@ if __name__ == "__main__":
     idx = np.unique(np.linspace(0, dset_sizes["valid"] - 1, 8).astype(int))  # of both classes
     titles = [f"{dset_classes[all_classes[x]]}\npredicted {dset_classes[predictions[x]]}, {all_proba[x].max():.3f}"
               for x in idx]
-    show_images([dsets["valid"][x][0] for x in idx], titles, f"Validation images: true class, prediction and its probability{note}")
+    images = [dsets["valid"][x][0] for x in idx]
+    show_images(images, titles, f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "04_valid_batch.png", args.show)
     save(args.output_dir, {
         "04_head.pt": {name: value.cpu() for name, value in model_vgg.classifier[6].state_dict().items()},

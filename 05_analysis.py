@@ -33,7 +33,8 @@ def log_loss(proba_true):
 
 def load_batch(paths):
     """Image files named by numbers, as in test1 -> ids (B,), inputs (B, 3, 224, 224)."""
-    return torch.tensor([int(path.stem) for path in paths]), torch.stack([imagenet_format(load_image(p)) for p in paths])
+    ids = torch.tensor([int(path.stem) for path in paths])
+    return ids, torch.stack([imagenet_format(load_image(path)) for path in paths])
 
 
 def load_trained(step, metrics, args, device):
@@ -52,7 +53,7 @@ def load_trained(step, metrics, args, device):
 if __name__ == "__main__":
     parser = option_parser(__doc__)
     parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 where it has run, else 03)")
-    parser.add_argument("--n-view", type=number(int, 1, 100), default=8, metavar="N", help="images in a view (default: 8)")
+    parser.add_argument("--n-view", type=number(int, 1, 100), default=8, metavar="N", help="images a view (default: 8)")
     parser.add_argument("--image", nargs="+", type=Path, default=[], metavar="FILE", help="photos of your own to judge")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
     args = parse_options(parser)
@@ -131,13 +132,13 @@ if __name__ == "__main__":
 
     # How sure it is of each image: two heaps far apart are good, and what lies beyond 0.5 is wrong.
     plt.figure(figsize=(7, 4), layout="constrained")
-    plt.hist([all_proba[all_classes == k, 1] for k in [0, 1]], bins=20, range=(0, 1), label=[f"true {c}" for c in CLASSES])
+    plt.hist([all_proba[all_classes == k, 1] for k in [0, 1]], bins=20, range=(0, 1), label=CLASSES)
     plt.axvline(0.5, color="grey", linestyle="--")
     plt.yscale("symlog")
     plt.xlabel("predicted probability of dog")
     plt.ylabel("validation images (log scale)")
     plt.title(f"Probability of dog by true class (step {step}{note})")
-    plt.legend()
+    plt.legend(title="true class")
     save_figure(args.output_dir / "05_histogram.png", args.show)
 
     proba_true = all_proba[np.arange(len(all_classes)), all_classes]
@@ -145,7 +146,7 @@ if __name__ == "__main__":
     print(f"  accuracy             {len(correct) / len(predictions):.4f}")
     print(f"  loss                 {metrics['valid_loss']:.4f}  (NLLLoss, as in training)")
     print(f"  log loss             {log_loss(proba_true):.4f}  (from the saved probabilities)")
-    print(f"  log loss, clipped    {log_loss(proba_true.clip(0.005, 0.995)):.4f}  (to [0.005, 0.995], as in the submission)")
+    print(f"  log loss, clipped    {log_loss(proba_true.clip(0.005, 0.995)):.4f}  (to [0.005, 0.995], as submitted)")
     for k in [0, 1]:
         print(f"  {CLASSES[k]} taken for {CLASSES[1 - k]}  {confusion[k, 1 - k]:,} of {confusion[k].sum():,}")
     if (args.output_dir / "02_zero_shot.json").exists():
@@ -163,7 +164,8 @@ if __name__ == "__main__":
         dtype = model_vgg.features[0].weight.dtype
 
     if args.image:
-        print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 as the weights want it")
+        print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 (the weights' own "
+              "transforms)")
         plt.figure(figsize=(8, 3 * len(photos)), layout="constrained")
         plt.suptitle(f"Cat or dog? (step {step}{note})")
         for row, (path, photo) in enumerate(zip(args.image, photos, strict=True)):

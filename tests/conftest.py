@@ -1,0 +1,102 @@
+"""What the tests share: the scripts as subprocesses and as modules, small datasets, weights, and a local web server."""
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["MPLBACKEND"] = "Agg"
+# No test may reach the network: what tries meets a closed port of this machine.
+os.environ.update(dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9"),
+                  no_proxy="127.0.0.1")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import models
+
+import common
+
+
+def script(name):
+    """A script as a module: its functions, without running its body."""
+    return importlib.import_module(name)
+
+
+def run(name, *options, status=0, **kwargs):
+    """Run a script as a user would; returns what it printed. With status 1 or 130, checks for one line and no more."""
+    command = [sys.executable, str(ROOT / name), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, **kwargs)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
+    if status == 1:
+        assert_one_line(done.stderr)
+    return done
+
+
+def assert_one_line(stderr):
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+    assert lines[0].isascii()
+
+
+def make_dataset(folder, train=3, valid=2, test1=0, seed=0):
+    """A small dataset in the lecture's layout: bright noise for cats, dark noise for dogs."""
+    rng = np.random.default_rng(seed)
+    for part, count in (("train", train), ("valid", valid)):
+        for name, level in (("cat", 150), ("dog", 20)):
+            place = folder / part / f"{name}s"
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(level, level + 90, (240, 260, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{name}.{i}.jpg")
+    for i in range(1, test1 + 1):
+        (folder / "test1").mkdir(exist_ok=True)
+        shutil.copy(folder / "valid" / "cats" / "cat.0.jpg", folder / "test1" / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return make_dataset(tmp_path / "data set")  # in a folder with a space
+
+
+@pytest.fixture(scope="session")
+def torch_home(tmp_path_factory):
+    """A TORCH_HOME that holds seeded random numbers in the place and the form of VGG16's ImageNet weights."""
+    home = tmp_path_factory.mktemp("torch")
+    path = home / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(1)
+    torch.save(models.vgg16().state_dict(), path, _use_new_zipfile_serialization=False)  # as the real file
+    os.environ["TORCH_HOME"] = str(home)
+    yield home
+    shutil.rmtree(home)
+
+
+@pytest.fixture(scope="session")
+def vgg_file(torch_home):
+    return torch_home / "hub" / "checkpoints" / "vgg16-397923af.pth"
+
+
+@pytest.fixture(scope="session")
+def outputs(torch_home, tmp_path_factory):
+    """The five scripts, run in their order on the bundled sample: the folder of results, with .printed by script."""
+    folder = tmp_path_factory.mktemp("outputs")
+    photo = ROOT / "sample" / "valid" / "dogs" / "dog.8.jpg"
+    options = {"01_data.py": [], "02_vgg_imagenet.py": ["--zero-shot", "--image", photo], "03_finetune_head.py": [],
+               "04_precompute.py": ["--epochs", 3], "05_analysis.py": ["--image", photo]}
+    printed = {name: run(name, "--sample", "--output-dir", folder, *more).stdout for name, more in options.items()}
+    return folder, printed
+
+
+@pytest.fixture
+def vgg(vgg_file):
+    """VGG16 with the weights in torch_home and a seeded new head, in eval mode."""
+    model = common.load_vgg16("imagenet")
+    torch.manual_seed(0)
+    return common.freeze_and_replace_head(model).eval()

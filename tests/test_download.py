@@ -1,0 +1,344 @@
+"""Faults 1 to 11: getting the dataset, from a local web server that misbehaves. The archive is a small one of the
+same form; its size, checksum and counts stand in for the real ones."""
+import hashlib
+import http.server
+import io
+import os
+import random
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+import pytest
+from conftest import ROOT, assert_one_line, run, script
+
+import common
+
+data = script("01_data")
+COUNTS = {"train/cats": 3, "train/dogs": 3, "valid/cats": 2, "valid/dogs": 2, "test1": 2}
+
+
+def make_archive(counts=COUNTS, extra=()):
+    """A dogscats.tgz of about 3 MB: `counts` files of noise in each folder, and `extra` members, (TarInfo, bytes)."""
+    noise, buffer = random.Random(0), io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, count in counts.items():
+            for i in range(count):
+                member = tarfile.TarInfo(f"dogscats/{name}/{i}.jpg")
+                member.size = 250_000
+                tar.addfile(member, io.BytesIO(noise.randbytes(member.size)))
+        for member, content in extra:
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.body in the way that server.mode says; knows Range, unless it is told not to."""
+
+    def do_GET(self):
+        server, body = self.server, self.server.body
+        asked = self.headers.get("Range")
+        server.ranges.append(asked)
+        mode = server.mode.pop(0) if len(server.mode) > 1 else server.mode[0]
+        if isinstance(mode, int):
+            return self.send_error(mode)
+        if mode == "page":
+            body, asked = b"<html>Welcome to the cafe, please log in</html>", None
+        if mode == "no range":
+            asked = None
+        if mode == "416" and asked:
+            return self.send_error(416)
+        start = int(asked[6:-1]) if asked else 0
+        self.send_response(206 if asked else 200)
+        if asked:
+            shift = 7 if mode == "other range" else 0
+            self.send_header("Content-Range", f"bytes {start + shift}-{len(body) - 1}/{len(body)}")
+        if mode != "page without length":
+            self.send_header("Content-Length", str(len(body) - start))
+        else:
+            body = b"<html>Welcome to the cafe, please log in</html>"
+        self.end_headers()
+        end = start + (len(body) - start) // 2 if mode in ("close", "reset", "stall") else len(body)
+        for i in range(start, end, 65536):
+            self.wfile.write(body[i:min(i + 65536, end)])
+            if mode == "slow":
+                time.sleep(0.1)
+        if mode == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        if mode == "stall":
+            server.stalled.wait(20)
+        return None
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine, and a 01_data.py that takes its archive for the real one."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *args: None
+    server.body, server.mode, server.ranges, server.stalled = make_archive(), ["whole"], [], threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}/dogscats.tgz"
+    use(monkeypatch, server.body)
+    monkeypatch.setenv("DOGSCATS_URL", server.url)
+    yield server
+    server.stalled.set()
+    server.shutdown()
+    server.server_close()
+
+
+def use(monkeypatch, archive):
+    monkeypatch.setattr(data, "SIZE", len(archive))
+    monkeypatch.setattr(data, "UNPACKED", 4_000_000)
+    monkeypatch.setattr(data, "MD5_OF_FIRST_MIB", hashlib.md5(archive[:2**20]).hexdigest())
+    monkeypatch.setattr(data, "COUNTS", COUNTS)
+
+
+def fails(folder, text=""):
+    with pytest.raises(common.UserError) as caught:
+        data.get_dataset(folder / "dogscats", None)
+    assert text in str(caught.value) and "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert not (folder / "dogscats").exists(), "half a dataset under the final name"
+    return str(caught.value)
+
+
+def works(folder):
+    data.get_dataset(folder / "dogscats", None)
+    found = {name: len(os.listdir(folder / "dogscats" / name)) for name in COUNTS}
+    assert found == COUNTS and not (folder / "dogscats.part").exists()
+
+
+def test_download_and_never_again(server, tmp_path):
+    works(tmp_path)
+    data.get_dataset(tmp_path / "dogscats", None)
+    assert server.ranges == [None]
+    assert (tmp_path / "dogscats" / "train" / "cats" / "0.jpg").read_bytes() == random.Random(0).randbytes(250_000)
+
+
+def test_both_links_are_tried_https_first(server, tmp_path, monkeypatch):
+    assert [url.split(":")[0] for url in data.URLS] == ["https", "http"]
+    monkeypatch.delenv("DOGSCATS_URL")
+    monkeypatch.setattr(data, "URLS", ["http://127.0.0.1:9/", server.url])
+    works(tmp_path)
+
+
+def test_01_server_closes_half_way(server, tmp_path):
+    server.mode = ["close"]
+    fails(tmp_path, "the connection closed after")
+    assert (tmp_path / "dogscats.tgz.part").stat().st_size == len(server.body) // 2
+    server.mode = ["whole"]
+    works(tmp_path)
+    assert server.ranges == [None, f"bytes={len(server.body) // 2}-"]
+
+
+def test_02_connection_reset(server, tmp_path):
+    server.mode = ["reset"]
+    fails(tmp_path, "Run this again to go on")
+    server.mode = ["whole"]
+    works(tmp_path)
+
+
+def test_03_server_stalls(server, tmp_path, monkeypatch):
+    assert socket.getdefaulttimeout() == 30
+    socket.setdefaulttimeout(0.5)
+    server.mode = ["stall"]
+    try:
+        fails(tmp_path, "timed out")
+    finally:
+        socket.setdefaulttimeout(30)
+    server.stalled.set()
+    server.mode = ["whole"]
+    works(tmp_path)
+
+
+DRIVER = """
+import sys, importlib
+from pathlib import Path
+sys.path.insert(0, {root!r})
+data = importlib.import_module("01_data")
+data.SIZE, data.UNPACKED, data.MD5_OF_FIRST_MIB, data.COUNTS = {constants!r}
+data.get_dataset(Path({folder!r}) / "dogscats", None)
+"""
+
+
+def start(folder, **kwargs):
+    """The download in a process of its own, which may be killed."""
+    constants = (data.SIZE, data.UNPACKED, data.MD5_OF_FIRST_MIB, data.COUNTS)
+    code = DRIVER.format(root=str(ROOT), constants=constants, folder=str(folder))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            **kwargs)
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited for 30 s")
+
+
+def test_04_killed_then_run_again(server, tmp_path):
+    server.mode, part = ["slow"], tmp_path / "dogscats.tgz.part"
+    process = start(tmp_path)
+    wait_for(lambda: part.exists() and part.stat().st_size > 1_000_000)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "dogscats.tgz").exists()
+    server.mode = ["whole"]
+    works(tmp_path)
+    assert server.ranges[1].startswith("bytes=1")
+
+
+@pytest.mark.parametrize("mode", [404, 500])
+def test_05_errors_of_the_server(server, tmp_path, mode):
+    server.mode = [mode]
+    assert "save the file with a browser as" in fails(tmp_path, str(mode))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.tgz", "http://no.such.host.invalid/x.tgz", "nonsense"])
+def test_05_no_server(server, tmp_path, monkeypatch, url):
+    monkeypatch.setenv("DOGSCATS_URL", url)
+    assert "save the file with a browser as" in fails(tmp_path, url)
+
+
+def test_05_one_line_and_status_1(tmp_path):
+    done = run("01_data.py", "--data-dir", tmp_path / "dogscats", "--output-dir", tmp_path / "out", status=1)
+    assert "https://s3.amazonaws.com" in done.stderr and "http://files.fast.ai" in done.stderr
+    assert "839,285,364 bytes" in done.stdout
+
+
+@pytest.mark.parametrize("mode", ["page", "page without length"])
+def test_06_a_web_page_instead_of_the_archive(server, tmp_path, mode):
+    server.mode = [mode]
+    fails(tmp_path, "not the archive")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_06_a_web_page_leaves_a_good_part_file_alone(server, tmp_path):
+    (tmp_path / "dogscats.tgz.part").write_bytes(server.body[:1_500_000])
+    server.mode = ["page"]
+    fails(tmp_path)
+    server.mode = ["whole"]
+    works(tmp_path)
+    assert server.ranges[-1] == "bytes=1500000-"
+
+
+@pytest.mark.parametrize("mode", ["no range", "416", "whole"])
+def test_07_range_ignored_or_refused(server, tmp_path, mode):
+    (tmp_path / "dogscats.tgz.part").write_bytes(server.body[:1_500_000])
+    server.mode = [mode]
+    works(tmp_path)
+    assert (tmp_path / "dogscats.tgz").read_bytes() == server.body
+
+
+def test_07_another_range_than_asked_for(server, tmp_path):
+    (tmp_path / "dogscats.tgz.part").write_bytes(server.body[:1_500_000])
+    server.mode = ["other range"]
+    fails(tmp_path, "another part")
+    server.mode = ["whole"]
+    works(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_07_part_file_as_long_as_the_archive_or_longer(server, tmp_path, size):
+    (tmp_path / "dogscats.tgz.part").write_bytes(server.body + bytes(size))
+    works(tmp_path)
+    assert (tmp_path / "dogscats.tgz").read_bytes() == server.body
+
+
+def test_08_too_little_room_is_said_before_it_starts(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: common.argparse.Namespace(free=1_000_000))
+    fails(tmp_path, f"about {len(server.body) + 4_000_000:,} bytes are needed")
+    assert server.ranges == []
+
+
+def limit_file_size(size):
+    """Files of this process can't grow beyond `size` bytes: the disk is full, as far as it can tell."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_08_disk_full_while_downloading(server, tmp_path):
+    process = start(tmp_path, preexec_fn=limit_file_size(1_500_000))
+    _, stderr = process.communicate()
+    assert process.returncode == 1 and "bytes of room" in stderr
+    assert_one_line(stderr)
+    works(tmp_path)
+    assert server.ranges[-1] == "bytes=1500000-"
+
+
+def test_08_disk_full_while_unpacking(server, tmp_path):
+    (tmp_path / "dogscats.tgz").write_bytes(server.body)
+    process = start(tmp_path, preexec_fn=limit_file_size(200_000))
+    _, stderr = process.communicate()
+    assert process.returncode == 1 and "4,000,000 bytes are needed" in stderr
+    assert_one_line(stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["dogscats.tgz"]
+    works(tmp_path)
+
+
+def member(name, kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize("bad", [
+    member("dogscats/../../outside"), member("/outside"), member("dogscats/a", tarfile.SYMTYPE, "/etc/passwd"),
+    member("dogscats/b", tarfile.LNKTYPE, "../outside"), member("dogscats/c", tarfile.CHRTYPE),
+    member("dogscats/d", tarfile.FIFOTYPE), member("dogscats\\..\\..\\outside"), member("dogscats/C:outside")],
+    ids=lambda info: info.name)
+def test_09_members_that_reach_outside(server, tmp_path, monkeypatch, bad):
+    server.body = make_archive(extra=[(bad, b"" if bad.type != tarfile.REGTYPE else b"x")])
+    use(monkeypatch, server.body)
+    (tmp_path / "in").mkdir()
+    fails(tmp_path / "in", repr(bad.name))
+    assert [path.name for path in tmp_path.rglob("*")] == ["in", "dogscats.tgz"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "early end"])
+def test_10_damaged_archive(server, tmp_path, monkeypatch, damage):
+    body = bytearray(server.body)
+    if damage == "truncated":
+        del body[2_000_000:]
+    elif damage == "flipped":
+        body[2_000_000] ^= 1
+    else:
+        body[-5] ^= 1  # in gzip's own checksum
+    use(monkeypatch, bytes(body))
+    server.body = bytes(body)
+    fails(tmp_path, "removed; run this again")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_10_wrong_counts(server, tmp_path, monkeypatch):
+    server.body = make_archive({**COUNTS, "valid/dogs": 1})
+    use(monkeypatch, server.body)
+    fails(tmp_path, "valid/dogs holds 1 files, not 2")
+
+
+def test_11_killed_while_unpacking(server, tmp_path):
+    half = tmp_path / "dogscats.part" / "train" / "cats"
+    half.mkdir(parents=True)
+    (half / "0.jpg").write_bytes(b"half")
+    (half / "stray.jpg").write_bytes(b"left over")
+    (tmp_path / "dogscats.tgz").write_bytes(server.body)
+    works(tmp_path)
+
+
+def test_a_folder_with_something_else_is_not_touched(server, tmp_path):
+    (tmp_path / "dogscats").mkdir()
+    (tmp_path / "dogscats" / "thesis.doc").write_text("mine")
+    data.get_dataset(tmp_path / "dogscats", None)
+    assert server.ranges == [] and (tmp_path / "dogscats" / "thesis.doc").read_text() == "mine"
+    with pytest.raises(common.UserError, match="train is missing"):
+        common.check_dataset(tmp_path / "dogscats")
