@@ -1,0 +1,518 @@
+"""Faults 12 to 33: weights, images, results, and how a run ends. Each test is named after the fault's number."""
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, make_dataset, run, script
+from PIL import Image
+from torch import nn
+from torchvision import datasets, models
+
+import common
+
+precompute = script("04_precompute")
+
+
+# ------------------------------------------------------------------------------------------------- weights and heads
+def test_12_no_network_full_run(tmp_path, dataset):
+    done = run("03_finetune_head.py", "--data-dir", dataset, "--output-dir", tmp_path / "out", status=1,
+               env={**os.environ, "TORCH_HOME": str(tmp_path / "torch")})
+    assert str(tmp_path / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth") in done.stderr
+    assert "--weights" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_13_no_network_sample(tmp_path):
+    make_dataset(tmp_path / "sample", train=2, valid=1)
+    done = run("03_finetune_head.py", "--sample", "--data-dir", tmp_path, "--output-dir", tmp_path / "out", "--epochs", 1,
+               env={**os.environ, "TORCH_HOME": str(tmp_path / "torch")})
+    assert "NOTICE: untrained weights" in done.stdout and done.stdout.splitlines()[-1].startswith("Done, untrained weights")
+    assert not json.loads((tmp_path / "out" / "03_metrics.json").read_text())["pretrained"]
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Where torch.hub keeps the ImageNet weights: an empty folder of this test's own."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+@pytest.mark.parametrize("content", ["empty", "truncated", "HTML", "an object"])
+def test_14_damaged_weights(cached, vgg_file, content, monkeypatch):
+    with open(vgg_file, "rb") as file:
+        cached.write_bytes({"empty": b"", "truncated": file.read(2**20), "HTML": b"<html>no</html>",
+                            "an object": pickle.dumps(["a list"])}[content])
+    for weights, remedy in (("imagenet", "delete it"), (str(cached), "--weights")):
+        with pytest.raises(common.UserError, match=remedy) as caught:
+            common.load_vgg16(weights)
+        assert str(cached) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_14_weights_that_are_not_there(tmp_path):
+    with pytest.raises(common.UserError, match="is missing: give another file to --weights"):
+        common.load_vgg16(str(tmp_path / "none.pth"))
+
+
+class Payload:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_15_weights_that_run_code(cached, tmp_path, legacy):
+    torch.save({"features.0.weight": Payload(tmp_path / "mark")}, cached, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(common.UserError, match="unsafe"):
+        common.load_vgg16("imagenet")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_16_weights_of_another_network(cached):
+    torch.save(models.squeezenet1_0().state_dict(), cached)
+    with pytest.raises(common.UserError, match="other layers than VGG's") as caught:
+        common.load_vgg16("imagenet")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("state", [{"weight": torch.zeros(3, 4096), "bias": torch.zeros(3)}, {"weight": 1}, [1, 2],
+                                   {"weight": torch.zeros(2, 4096)}, {"weight": 1, "bias": 2}])
+def test_16_head_of_another_shape(tmp_path, state):
+    torch.save(state, tmp_path / "03_head.pt")
+    with pytest.raises(common.UserError, match=r"03_head.pt holds other layers than Linear's: run it again"):
+        common.load_state(nn.Linear(4096, 2), tmp_path / "03_head.pt", "run it again")
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+def look(dataset, status, *options, **kwargs):
+    """Run 01_data.py, which reads images but needs no network."""
+    return run("01_data.py", "--data-dir", dataset, "--output-dir", dataset / "out", *options, status=status, **kwargs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_17_truncated_jpeg(dataset, workers):
+    path = dataset / "valid" / "cats" / "cat.1.jpg"
+    path.write_bytes(path.read_bytes()[:5000])
+    done = look(dataset, 1, "--num-workers", workers)
+    assert str(path) in done.stderr and "replace or remove it" in done.stderr
+
+
+@pytest.mark.parametrize("name, content", [("empty.jpg", b""), ("text.jpg", b"no image"), ("._cat.0.jpg", b"\0\5\x16\7\0"),
+                                           ("half.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")])
+def test_18_what_is_no_image(dataset, name, content):
+    path = dataset / "valid" / "cats" / name
+    path.write_bytes(content)
+    dset = datasets.ImageFolder(dataset / "valid", loader=common.load_image)
+    with pytest.raises(common.UserError) as caught:
+        list(dset)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["train/.ipynb_checkpoints", "valid/birds", "train/cats/.ipynb_checkpoints"])
+def test_19_another_folder(dataset, folder):
+    (dataset / folder).mkdir()
+    with pytest.raises(common.UserError, match="unexpected class or folder") as caught:
+        common.check_dataset(dataset)
+    assert str(dataset / folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["train/cats", "valid/dogs", "valid"])
+@pytest.mark.parametrize("left", ["nothing", "no image"])
+def test_20_classes_missing_or_empty(dataset, folder, left):
+    shutil.rmtree(dataset / folder)
+    if left == "no image":
+        (dataset / folder).mkdir()
+        (dataset / folder / "notes.txt").write_text("no image")
+    with pytest.raises(common.UserError, match="01_data.py") as caught:
+        common.check_dataset(dataset)
+    assert str(dataset / folder) in str(caught.value)
+
+
+def test_20_one_line_and_status_1(dataset):
+    shutil.rmtree(dataset / "valid" / "cats")
+    assert "is missing" in look(dataset, 1).stderr
+
+
+def test_21_all_kinds_of_images(tmp_path):
+    """Each comes out as RGB in its own colours, and as 224 x 224 numbers."""
+    grey = np.tile(np.linspace(0, 255, 100).astype(np.uint8), (90, 1))  # smaller than 224
+    rgb = Image.fromarray(np.stack([grey] * 3, axis=2))
+    kinds = {"grey.png": Image.fromarray(grey), "cmyk.jpg": rgb.convert("CMYK"), "rgba.png": rgb.convert("RGBA"),
+             "palette.png": rgb.quantize(), "deep.png": Image.fromarray(grey.astype(np.uint16) * 257),
+             "deep.tif": Image.fromarray(grey.astype(np.uint16) * 257), "one.png": rgb.convert("1")}
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+        loaded = common.load_image(tmp_path / name)
+        assert loaded.mode == "RGB" and loaded.size == (100, 90)
+        assert common.imagenet_format(loaded).shape == (3, 224, 224)
+        if name != "one.png":
+            assert np.abs(np.asarray(loaded)[..., 0].astype(int) - grey).mean() < 4, name
+
+
+@pytest.mark.parametrize("side", [12_000, 20_000])
+def test_22_decompression_bomb(dataset, side):
+    path = dataset / "valid" / "cats" / "bomb.png"
+    Image.new("1", (side, side)).save(path)
+    code = f"import common; common.load_image({str(path)!r})"  # in a process of its own: pytest has its own warnings
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and str(path) in done.stderr
+    assert_one_line(done.stderr)
+
+
+def test_23_a_worker_is_killed():
+    code = ("import os, signal, common\nfrom torch.utils.data import DataLoader\n"
+            "def kill(batch): os.kill(os.getpid(), signal.SIGKILL)\n"
+            "list(DataLoader(range(4), num_workers=1, collate_fn=kill))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "--num-workers 0" in done.stderr
+    assert_one_line(done.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+def small_layers():
+    """Something that is quick in the place of VGG16's convolutions: (B, 3, 224, 224) -> (B, 4, 7, 7)."""
+    torch.manual_seed(0)
+    return nn.Conv2d(3, 4, 32, stride=32).eval()
+
+
+MADE_FROM = {"layer": "conv", "files": "f", "weights": "w", "transform": "t", "precision": "float32"}
+
+
+def features(dataset, path, made_from=MADE_FROM, layers=None, part="train"):
+    dset = datasets.ImageFolder(dataset / part, common.imagenet_format, loader=common.load_image)
+    return precompute.preconvfeat(layers or small_layers(), dset, path, made_from, (4, 7, 7), torch.device("cpu"),
+                                  common.loader_options(len(dset), 0, torch.device("cpu")))[0]
+
+
+def test_features_are_the_rows_of_the_dataset_in_its_order(dataset, tmp_path):
+    rows = features(dataset, tmp_path / "conv_feat_train.npy")
+    dset = datasets.ImageFolder(dataset / "train", common.imagenet_format)
+    with torch.inference_mode():
+        direct = small_layers()(torch.stack([image for image, _ in dset])).numpy()
+    assert np.allclose(rows, direct, atol=1e-5) and isinstance(rows, np.memmap)
+
+
+DRIVER = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import os, signal, test_faults
+layers, calls = test_faults.small_layers(), []
+def die(module, inputs):
+    calls.append(1)
+    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)
+layers.register_forward_pre_hook(die)
+test_faults.features(test_faults.common.Path({dataset!r}), test_faults.common.Path({path!r}), layers=layers)
+"""
+
+
+def test_24_killed_in_the_middle_of_the_features(tmp_path, capsys):
+    """Killed in the third batch of 16: the first two are kept, and the file comes out as from an unbroken run."""
+    dataset = make_dataset(tmp_path / "data", train=30, valid=1)
+    path = tmp_path / "killed" / "conv_feat_train.npy"
+    code = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), dataset=str(dataset), path=str(path))
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    assert not path.exists() and len(list(path.parent.glob("*.part"))) == 1
+
+    decoded = []
+    layers = small_layers()
+    layers.register_forward_pre_hook(lambda module, inputs: decoded.append(len(inputs[0])))
+    features(dataset, path, layers=layers)
+    assert sum(decoded) == 60 - 32 and "after the first 32 of 60 images" in capsys.readouterr().out
+    features(dataset, tmp_path / "unbroken" / "conv_feat_train.npy")
+    assert path.read_bytes() == (tmp_path / "unbroken" / "conv_feat_train.npy").read_bytes()
+    assert {p.name for p in path.parent.iterdir()} == {"conv_feat_train.npy", "conv_feat_train.json"}
+
+
+def test_24_killed_before_the_last_rename(dataset, tmp_path):
+    """All rows are there, or even more bytes: the last batch is computed again and the file is whole."""
+    path = tmp_path / "conv_feat_train.npy"
+    whole = features(dataset, path).tobytes()
+    digest = precompute.hashlib.sha256(json.dumps(MADE_FROM).encode()).hexdigest()[:16]
+    path.rename(tmp_path / f"conv_feat_train.{digest}.part")
+    with open(tmp_path / f"conv_feat_train.{digest}.part", "ab") as file:
+        file.write(b"more")
+    assert features(dataset, path).tobytes() == whole
+
+
+@contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_25_disk_full_while_writing_features(tmp_path):
+    dataset, path = make_dataset(tmp_path / "data", train=30, valid=1), tmp_path / "conv_feat_train.npy"
+    with full_disk(30_000), pytest.raises(common.UserError, match=r"conv_feat_train.npy: .* 47,040 bytes are needed"):
+        features(dataset, path)
+    assert not path.exists()
+    resumed = features(dataset, path).tobytes()
+    assert resumed == features(dataset, tmp_path / "other" / "conv_feat_train.npy").tobytes()
+
+
+def test_25_room_for_the_features_is_checked_first(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(precompute.shutil, "disk_usage", lambda path: common.argparse.Namespace(free=1000))
+    with pytest.raises(common.UserError, match="4,704 bytes are needed, 1,000 are free"):
+        features(dataset, tmp_path / "conv_feat_train.npy")
+
+
+def test_25_disk_full_while_saving_results(tmp_path):
+    """All of a set or none of it: the old files stay as they were, and no part file stays."""
+    def results(value):
+        plt.figure()
+        return {"a.npy": np.full(3000, value), "f.png": plt.gcf(), "b.pt": {"x": torch.full((5000,), value)},
+                "m.json": {"value": value}}
+
+    common.save(tmp_path, results(1.0))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"a.npy", "f.png", "b.pt", "m.json"}
+    for size in (5, 1000, 10_000):
+        with full_disk(size), pytest.raises(common.UserError, match="make room or change --output-dir"):
+            common.save(tmp_path, results(2.0))
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    plt.close("all")
+
+
+def test_25_output_folder_that_can_not_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(common.UserError, match="can't be written"):
+        common.save(tmp_path / "file" / "folder", {"a.json": {}})
+
+
+def test_25_half_a_set_of_results_has_no_metrics(tmp_path, monkeypatch):
+    """Broken off between two renames: the last file, which vouches for the rest, is gone."""
+    common.save(tmp_path, {"a.json": {"a": 1}, "m.json": {"m": 1}})
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if "a.json" in str(b) else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        common.save(tmp_path, {"a.json": {"a": 2}, "m.json": {"m": 2}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 2} and not (tmp_path / "m.json").exists()
+
+
+@pytest.mark.parametrize("key", MADE_FROM)
+def test_26_features_made_from_something_else(dataset, tmp_path, capsys, key):
+    path = tmp_path / "conv_feat_train.npy"
+    features(dataset, path)
+    stamp = path.stat().st_mtime_ns
+    features(dataset, path)
+    assert path.stat().st_mtime_ns == stamp and "used again" in capsys.readouterr().out
+    features(dataset, path, {**MADE_FROM, key: "another"})
+    assert f"was made from other {key}: computing it again" in capsys.readouterr().out
+    assert path.stat().st_mtime_ns != stamp
+    assert json.loads(path.with_suffix(".json").read_text())[key] == "another"
+
+
+def test_26_a_part_file_of_other_weights_is_not_gone_on_with(tmp_path):
+    dataset, path = make_dataset(tmp_path / "data", train=30, valid=1), tmp_path / "conv_feat_train.npy"
+    with full_disk(30_000), pytest.raises(common.UserError):
+        features(dataset, path)
+    torch.manual_seed(1)
+    other = nn.Conv2d(3, 4, 32, stride=32).eval()
+    rows = features(dataset, path, {**MADE_FROM, "weights": "other"}, layers=other)
+    assert np.array_equal(rows, features(dataset, tmp_path / "b" / "conv_feat_train.npy", layers=other))
+
+
+def test_26_features_without_a_record_are_made_again(dataset, tmp_path):
+    path = tmp_path / "conv_feat_train.npy"
+    whole = features(dataset, path).tobytes()
+    path.with_suffix(".json").unlink()
+    path.write_bytes(b"old")
+    assert features(dataset, path).tobytes() == whole
+
+
+def test_26_04_makes_them_again(torch_home, tmp_path):
+    """Through the whole script: another image, and another precision."""
+    sample = make_dataset(tmp_path / "data" / "sample", train=2, valid=1)
+    options = ["--sample", "--data-dir", sample.parent, "--output-dir", tmp_path / "out", "--epochs", 1]
+    run("04_precompute.py", *options)
+    shutil.copy(sample / "train" / "cats" / "cat.1.jpg", sample / "train" / "cats" / "cat.0.jpg")
+    printed = run("04_precompute.py", *options).stdout
+    assert "conv_feat_train.npy was made from other files: computing it again" in printed
+    assert "conv_feat_valid.npy: computed before" in printed
+    feat = np.load(tmp_path / "out" / "conv_feat_train.npy")
+    assert np.array_equal(feat[0], feat[1])
+    printed = run("04_precompute.py", *options, "--bf16").stdout
+    assert printed.count("was made from other precision: computing it again") == 2
+    close = np.load(tmp_path / "out" / "conv_feat_train.npy")
+    assert close.dtype == np.float32 and 0 < np.abs(close - feat).max() < 0.05 * np.abs(feat).max()
+
+
+def fake_results(folder, dataset, proba_dog, step="04", **metrics):
+    """Made-up results of a step, for 05_analysis.py to look at."""
+    dset = datasets.ImageFolder(dataset / "valid")
+    proba = np.stack([1 - np.float64(proba_dog), proba_dog], axis=1).astype(np.float32)
+    common.save(folder, {
+        f"{step}_head.pt": nn.Linear(4096, 2).state_dict(), f"{step}_predictions.npy": proba.argmax(axis=1),
+        f"{step}_all_proba.npy": proba, f"{step}_all_classes.npy": np.array(dset.targets),
+        f"{step}_metrics.json": {"files_sha256": {"valid": common.files_hash(dset)}, "pretrained": True,
+                                 "weights": "imagenet", "weights_sha256": "w", "valid_loss": 0.5, **metrics}})
+
+
+def analyse(dataset, folder, *options, status=0, **kwargs):
+    return run("05_analysis.py", "--data-dir", dataset, "--output-dir", folder, *options, status=status, **kwargs)
+
+
+@pytest.mark.parametrize("change", ["an image", "fewer predictions"])
+def test_27_predictions_of_other_images(dataset, tmp_path, change):
+    fake_results(tmp_path / "out", dataset, [0.1, 0.2, 0.7, 0.4])
+    if change == "an image":
+        (dataset / "valid" / "cats" / "cat.1.jpg").unlink()
+    else:
+        np.save(tmp_path / "out" / "04_predictions.npy", np.zeros(3, dtype=np.int64))
+    done = analyse(dataset, tmp_path / "out", status=1)
+    assert "run python 04_precompute.py" in done.stderr and not (tmp_path / "out" / "05_correct.png").exists()
+
+
+def test_28_a_step_whose_input_is_missing(dataset, tmp_path):
+    assert "run python 03_finetune_head.py" in analyse(dataset, tmp_path / "out", status=1).stderr
+    fake_results(tmp_path / "out", dataset, [0.1, 0.2, 0.7, 0.4])
+    (tmp_path / "out" / "04_all_proba.npy").unlink()
+    assert "04_all_proba.npy is missing: run python 04_precompute.py" in analyse(dataset, tmp_path / "out", status=1).stderr
+    assert "python 01_data.py" in analyse(tmp_path / "none", tmp_path / "out", status=1).stderr
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.pt", "x.json"])
+def test_29_files_with_a_pickle_inside(tmp_path, name):
+    mark, path = tmp_path / "mark", tmp_path / name
+    if name == "x.npy":
+        np.save(path, np.array([Payload(mark)], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(pickle.dumps(Payload(mark)))
+    with pytest.raises(common.UserError, match="run that"):
+        common.load(path, "run that")
+    assert not mark.exists()
+
+
+# ----------------------------------------------------------------------------------------------------- how a run ends
+def interrupt(process, seconds_after_line, line):
+    """Press Ctrl-C, as the terminal does: the signal goes to the whole process group."""
+    for printed in process.stdout:
+        if line in printed:
+            break
+    time.sleep(seconds_after_line)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stdout + stderr
+    assert stderr.strip() == "stopped by Ctrl-C"
+    with pytest.raises(ProcessLookupError):  # no orphan workers
+        os.killpg(process.pid, 0)
+
+
+def popen(*command, **kwargs):
+    return subprocess.Popen([sys.executable, "-u", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True, **kwargs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_30_ctrl_c_while_training(torch_home, dataset, tmp_path, workers):
+    process = popen(ROOT / "03_finetune_head.py", "--data-dir", dataset, "--output-dir", tmp_path, "--num-workers", workers,
+                    "--epochs", 1000, "--batch-size", 2)
+    interrupt(process, 1, "epoch ")
+    assert list(tmp_path.glob("03_*")) == []
+
+
+def test_30_ctrl_c_while_importing(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); print('now', flush=True); import common; import time; time.sleep(9)"
+    interrupt(popen("-c", code, ROOT), 0.7, "now")
+
+
+def test_30_ctrl_c_keeps_the_part_file(torch_home, dataset, tmp_path):
+    many = make_dataset(tmp_path / "many", train=40, valid=1)
+    process = popen(ROOT / "04_precompute.py", "--data-dir", many, "--output-dir", tmp_path / "out")
+    for _ in range(600):
+        if any(path.stat().st_size > 1_000_000 for path in tmp_path.glob("out/*.part")):
+            break
+        time.sleep(0.05)
+    interrupt(process, 0, "x_try.shape")
+    part, = (tmp_path / "out").glob("conv_feat_train.*.part")
+    assert part.stat().st_size > 16 * 512 * 49 * 4
+
+
+def test_31_spawn_start_method(torch_home, tmp_path):
+    """As on macOS and Windows: the workers import the script, and don't run it. With them or without, from whatever
+    folder, the same seed gives the same results to the last bit."""
+    dataset = make_dataset(tmp_path / "data", train=2, valid=1)
+    options = ["--data-dir", dataset, "--epochs", 1, "--batch-size", 3]
+    run("03_finetune_head.py", *options, "--output-dir", tmp_path / "a", cwd=tmp_path)
+    spawn = ("import multiprocessing, runpy, sys; multiprocessing.set_start_method('spawn'); sys.argv = sys.argv[1:];"
+             "runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", spawn, ROOT / "03_finetune_head.py", *map(str, options), "--output-dir",
+                           tmp_path / "b", "--num-workers", "2"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("options: ") == 1
+    for name in ("03_head.pt", "03_all_proba.npy", "03_predictions.npy"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_32_console_that_can_not_print_non_ascii(tmp_path):
+    dataset = make_dataset(tmp_path / "M\u00fcller \u732b", train=1, valid=1)
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    assert "M\\xfcller" in look(dataset, 0, env=env).stdout
+    (dataset / "valid" / "cats" / "cat.0.jpg").write_bytes(b"")
+    assert "M\\xfcller" in look(dataset, 1, env=env).stderr
+
+
+@pytest.mark.parametrize("proba_dog", [[0.0, 0.1, 0.9, 1.0], [1.0, 0.9, 0.1, 0.0]], ids=["no errors", "nothing right"])
+def test_33_no_correct_or_no_incorrect_predictions(dataset, tmp_path, proba_dog):
+    fake_results(tmp_path, dataset, proba_dog)
+    done = analyse(dataset, tmp_path)
+    assert done.stderr == "" and len(list(tmp_path.glob("05_*.png"))) == 9
+    right = proba_dog[0] == 0
+    assert f"correct: {4 if right else 0} of 4" in done.stdout
+    assert ("log loss             inf" in done.stdout) != right
+
+
+# ----------------------------------------------------------------------------------------------------- beyond the list
+def test_a_bug_keeps_its_traceback():
+    done = subprocess.run([sys.executable, "-c", "import common; {}['bug']"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "KeyError: 'bug'" in done.stderr
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback():
+    code = ("import common\nfrom torch.utils.data import DataLoader\n"
+            "def bug(batch): raise RuntimeError('a bug')\nlist(DataLoader(range(4), num_workers=1, collate_fn=bug))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "a bug" in done.stderr
+
+
+def test_out_of_memory_is_one_line():
+    code = "import common, torch; torch.empty(2**60)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "--batch-size" in done.stderr
+    assert_one_line(done.stderr)
+
+
+def test_metrics_that_are_no_dict(tmp_path):
+    (tmp_path / "m.json").write_text("[1, 2]")
+    with pytest.raises(common.UserError, match="damaged"):
+        common.load(tmp_path / "m.json", "run that")
+
+
+def test_weights_are_downloaded_whole_or_not_at_all(cached, monkeypatch):
+    """torch.hub checks the hash; the value of the Weights API is all that is replaced."""
+    monkeypatch.setattr(common.IMAGENET.value, "url", "file:///dev/null/vgg16-397923af.pth")
+    with pytest.raises(common.UserError, match="can't be downloaded"):
+        common.load_vgg16("imagenet")
+    source = cached.parent.parent / "vgg16-397923af.pth"
+    source.write_bytes(b"not the weights")
+    monkeypatch.setattr(common.IMAGENET.value, "url", source.as_uri())
+    with pytest.raises(common.UserError, match="hash"):
+        common.load_vgg16("imagenet")
+    assert list(cached.parent.iterdir()) == []
