@@ -31,6 +31,16 @@ def log_loss(proba_true):
         return -np.log(proba_true.astype(np.float64)).mean()
 
 
+def test_images(folder):
+    """The images of test1, which has no classes and so is no ImageFolder: 1.jpg, 2.jpg, 10.jpg, by their numbers."""
+    paths = list(folder.glob("*.jpg"))
+    if not paths:
+        raise UserError(f"{folder}: no images there; run python 01_data.py first, and leave out --sample")
+    if strange := [path for path in paths if not path.stem.isdecimal()]:
+        raise UserError(f"{strange[0]}: its name is no number, and so no id; move it away")
+    return sorted(paths, key=lambda path: int(path.stem))
+
+
 def load_batch(paths):
     """Image files named by numbers, as in test1 -> ids (B,), inputs (B, 3, 224, 224)."""
     ids = torch.tensor([int(path.stem) for path in paths])
@@ -60,6 +70,7 @@ if __name__ == "__main__":
     device = get_device(args.device, args.bf16)
     photos = [load_image(path, upright=True) for path in args.image]
     check_dataset(args.data_dir)
+    test_paths = test_images(args.data_dir / "test1") if args.submission else []
     dset_valid = datasets.ImageFolder(args.data_dir / "valid", imagenet_format, loader=load_image)
 
     step = args.step or ("04" if (args.output_dir / "04_metrics.json").exists() else "03")
@@ -186,22 +197,15 @@ if __name__ == "__main__":
     if args.submission:
         # Kaggle scores log loss, the mean of -log(p of the true class): one image wrong at p = 0 costs infinitely much.
         # With p clipped to [0.005, 0.995], an error costs -log(0.005) = 5.3 at most.
-        test1 = args.data_dir / "test1"
-        paths = list(test1.glob("*.jpg"))
-        if not paths:
-            raise UserError(f"{test1}: no images there; run python 01_data.py first, and leave out --sample")
-        if strange := [path for path in paths if not path.stem.isdecimal()]:
-            raise UserError(f"{strange[0]}: its name is no number, and so no id; move it away")
-        paths.sort(key=lambda path: int(path.stem))  # 1, 2, 10, not 1, 10, 2
-        print(f"\nBeyond the lecture: the Kaggle submission, {len(paths):,} images of {test1}")
-        loader_test = DataLoader(paths, batch_size=16, collate_fn=load_batch,
-                                 **loader_options(len(paths), args.num_workers, device))
+        print(f"\nBeyond the lecture: the Kaggle submission for {len(test_paths):,} images of test1")
+        loader_test = DataLoader(test_paths, batch_size=16, collate_fn=load_batch,
+                                 **loader_options(len(test_paths), args.num_workers, device))
         rows = ["id,label"]
         with torch.inference_mode():
             for ids, inputs in progress(loader_test, len(loader_test)):
                 dog = model_vgg(inputs.to(device, dtype)).exp()[:, 1].clip(0.005, 0.995).cpu()
                 rows += [f"{i},{p:.6f}" for i, p in zip(ids.tolist(), dog.tolist(), strict=True)]
         save(args.output_dir, {"submission.csv": "\n".join(rows) + "\n"})
-        if len(paths) != 12_500:
-            print(f"note: Kaggle expects 12,500 rows, these are {len(paths):,}")
+        if len(test_paths) != 12_500:
+            print(f"note: Kaggle expects 12,500 rows, these are {len(test_paths):,}")
     print(f"\nDone{note}. Next: change a line and run it again; the README has exercises")

@@ -1,12 +1,11 @@
 """Beyond the lecture: Kaggle's own files, one's own photos, the views, the submission."""
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_dataset, run, script
+from conftest import ROOT, make_dataset, run_here, script
 from PIL import Image
 from test_faults import analyse, fake_results
 
@@ -85,16 +84,19 @@ def test_kaggle_needs_two_of_each(tmp_path, cats, dogs):
     assert not (tmp_path / "dogscats").exists()
 
 
-def test_kaggle_through_the_script(tmp_path):
+def test_kaggle_through_the_script(tmp_path, capsys):
     kaggle = tmp_path / "kaggle"
     (kaggle / "train").mkdir(parents=True)
     for path in (ROOT / "sample").rglob("*.jpg"):
         shutil.copy(path, kaggle / "train")
     options = ["--data-dir", tmp_path / "dogscats", "--output-dir", tmp_path / "out", "--from-kaggle", kaggle]
-    printed = run("01_data.py", *options).stdout
+    run_here("01_data.py", *options)
+    printed = capsys.readouterr().out
     assert "dset_sizes: {'train': 22, 'valid': 2}" in printed and "no test1/" in printed
-    run("01_data.py", *options, status=1)
-    run("01_data.py", "--sample", *options, status=2)
+    with pytest.raises(common.UserError, match="is not empty"):
+        run_here("01_data.py", *options)
+    with pytest.raises(SystemExit):
+        run_here("01_data.py", "--sample", *options)
 
 
 # -------------------------------------------------------------------------------------------------------- own photos
@@ -134,64 +136,63 @@ def test_photos_of_ones_own(outputs, vgg, vgg_file):
 def test_a_photo_that_is_no_image(dataset, tmp_path):
     (tmp_path / "notes.jpg").write_text("no image")
     good = ROOT / "sample" / "valid" / "dogs" / "dog.8.jpg"
-    done = run("02_vgg_imagenet.py", "--sample", "--image", good, tmp_path / "notes.jpg", status=1)
-    assert str(tmp_path / "notes.jpg") in done.stderr
+    with pytest.raises(common.UserError, match="notes.jpg: not a whole picture"):
+        run_here("02_vgg_imagenet.py", "--sample", "--image", good, tmp_path / "notes.jpg")
 
 
 # ------------------------------------------------------------------------------------------------------------- views
-def titles_of(monkeypatch, dataset, folder, *options):
-    """Run the body of 05_analysis.py in this process; returns {figure: file names shown, in their order}."""
-    shown = {}
-    monkeypatch.setattr(sys, "argv", ["05_analysis.py", "--data-dir", str(dataset), "--output-dir", str(folder), *options])
-    show_images = common.show_images
+@pytest.fixture
+def shown(monkeypatch):
+    """What is drawn: {heading: file names in their order}."""
+    shown, show_images = {}, common.show_images
 
     def spy(images, titles, heading):
         shown[heading.partition(" (step")[0]] = [title.splitlines()[-1] for title in titles]
         show_images(images, titles, heading)
 
     monkeypatch.setattr(common, "show_images", spy)
-    code = (ROOT / "05_analysis.py").read_text()
-    exec(compile(code, "05_analysis.py", "exec"), {"__name__": "__main__", "__doc__": analysis.__doc__})
     return shown
 
 
-def test_views_with_a_known_answer(tmp_path, monkeypatch, capfd):
+def test_views_with_a_known_answer(tmp_path, shown):
     dataset = make_dataset(tmp_path / "data", train=1, valid=4)
     #           cat.0 cat.1 cat.2 cat.3 dog.0 dog.1 dog.2 dog.3
-    proba_dog = [0.30, 0.10, 0.90, 0.60, 0.95, 0.20, 0.55, 0.45]
+    proba_dog = [0.30, 0.10, 0.90, 0.60, 0.95, 0.20, 0.55, 0.44]
     fake_results(tmp_path / "out", dataset, proba_dog)
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **kwargs: None, raising=False)
-    shown = titles_of(monkeypatch, dataset, tmp_path / "out", "--n-view", "2")
+    analyse(dataset, tmp_path / "out", "--n-view", "2")
     assert shown["Most correct cats"] == ["cat.1.jpg", "cat.0.jpg"]
     assert shown["Most correct dogs"] == ["dog.0.jpg", "dog.2.jpg"]
     assert shown["Most incorrect cats: predicted cats, in truth dogs"] == ["dog.1.jpg", "dog.3.jpg"]
     assert shown["Most incorrect dogs: predicted dogs, in truth cats"] == ["cat.2.jpg", "cat.3.jpg"]
-    assert shown["Most uncertain"] == ["dog.2.jpg", "dog.3.jpg"]  # a tie but for rounding
+    assert shown["Most uncertain"] == ["dog.2.jpg", "dog.3.jpg"]
     assert set(shown["Correct, at random"]) < {"cat.0.jpg", "cat.1.jpg", "dog.0.jpg", "dog.2.jpg"}
     assert len(shown["Incorrect, at random"]) == 2
 
 
-def test_ties_keep_the_order_of_the_dataset(tmp_path, monkeypatch):
+def test_ties_keep_the_order_of_the_dataset(tmp_path, shown):
     dataset = make_dataset(tmp_path / "data", train=1, valid=3)
     fake_results(tmp_path / "out", dataset, [0.25] * 3 + [0.75] * 3)
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **kwargs: None, raising=False)
-    shown = titles_of(monkeypatch, dataset, tmp_path / "out")
+    analyse(dataset, tmp_path / "out")
     assert shown["Most uncertain"] == [f"cat.{i}.jpg" for i in range(3)] + [f"dog.{i}.jpg" for i in range(3)]
     assert shown["Most correct cats"] == [f"cat.{i}.jpg" for i in range(3)]
     assert shown["Incorrect, at random"] == []
 
 
-def test_which_step(dataset, tmp_path):
+def test_which_step(dataset, tmp_path, capsys):
     """04 where it has run, else 03, else what --step says; and the numbers of the summary against numpy."""
     fake_results(tmp_path, dataset, [0.1, 0.2, 0.7, 0.4], step="03")
-    assert "predictions of step 03" in analyse(dataset, tmp_path).stdout
+    analyse(dataset, tmp_path)
+    assert "predictions of step 03" in capsys.readouterr().out
     fake_results(tmp_path, dataset, [0.1, 0.2, 0.7, 0.004], pretrained=False)
-    printed = analyse(dataset, tmp_path).stdout
+    analyse(dataset, tmp_path)
+    printed = capsys.readouterr().out
     assert "predictions of step 04" in printed and "summary of step 04, untrained weights" in printed
     true = np.array([0.9, 0.8, 0.7, 0.004])
     assert f"log loss             {-np.log(true).mean():.4f}" in printed
     assert f"log loss, clipped    {-np.log(true.clip(0.005, 0.995)).mean():.4f}" in printed
     assert "dogs taken for cats  1 of 2" in printed and "accuracy             0.7500" in printed
+    analyse(dataset, tmp_path, "--step", "03")
+    assert "predictions of step 03" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------- submission
@@ -201,7 +202,7 @@ def test_log_loss_is_the_closed_formula():
     assert analysis.log_loss(np.float32([0, 1])) == np.inf
 
 
-def test_submission(torch_home, tmp_path, vgg):
+def test_submission(torch_home, tmp_path, vgg, capsys):
     """Rows sorted by number, probabilities of dog within the bounds, the same as the network gives directly."""
     dataset = make_dataset(tmp_path / "data", train=1, valid=1)
     (dataset / "test1").mkdir()
@@ -212,8 +213,8 @@ def test_submission(torch_home, tmp_path, vgg):
     fake_results(tmp_path / "out", dataset, [0.1, 0.9], weights_sha256=common.weights_hash(common.load_vgg16("imagenet")))
     vgg.classifier[6].weight.data *= 30  # sure of itself, so that the clipping has work to do
     common.save(tmp_path / "out", {"04_head.pt": vgg.classifier[6].state_dict()})
-    done = analyse(dataset, tmp_path / "out", "--submission")
-    assert "Kaggle expects 12,500 rows, these are 6" in done.stdout
+    analyse(dataset, tmp_path / "out", "--submission")
+    assert "Kaggle expects 12,500 rows, these are 6" in capsys.readouterr().out
 
     header, *rows = (tmp_path / "out" / "submission.csv").read_text().splitlines()
     assert header == "id,label" and [int(row.split(",")[0]) for row in rows] == numbers
@@ -226,8 +227,13 @@ def test_submission(torch_home, tmp_path, vgg):
 
 
 def test_submission_without_what_it_needs(torch_home, dataset, tmp_path):
+    (dataset / "test1").mkdir()
     fake_results(tmp_path, dataset, [0.1, 0.2, 0.7, 0.4])
-    assert "trained on other weights" in analyse(dataset, tmp_path, "--submission", status=1).stderr
-    fake_results(tmp_path, dataset, [0.1, 0.2, 0.7, 0.4],
-                 weights_sha256=common.weights_hash(common.load_vgg16("imagenet")))
-    assert "01_data.py" in analyse(dataset, tmp_path, "--submission", status=1).stderr
+    with pytest.raises(common.UserError, match=r"test1: no images there; run python 01_data.py"):
+        analyse(dataset, tmp_path, "--submission")
+    (dataset / "test1" / "one.jpg").write_text("")
+    with pytest.raises(common.UserError, match=r"one.jpg: its name is no number"):
+        analyse(dataset, tmp_path, "--submission")
+    (dataset / "test1" / "one.jpg").rename(dataset / "test1" / "1.jpg")
+    with pytest.raises(common.UserError, match=r"04_head.pt was trained on other weights \(imagenet\)"):
+        analyse(dataset, tmp_path, "--submission")
