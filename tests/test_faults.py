@@ -220,14 +220,14 @@ import os, signal, test_faults
 layers, calls = test_faults.small_layers(), []
 def die(module, inputs):
     calls.append(1)
-    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)
+    if len(calls) == 9: os.kill(os.getpid(), signal.SIGKILL)
 layers.register_forward_pre_hook(die)
 test_faults.features(test_faults.common.Path({dataset!r}), test_faults.common.Path({path!r}), layers=layers)
 """
 
 
 def test_24_killed_in_the_middle_of_the_features(tmp_path, capsys):
-    """Killed in the third batch of 16: the first two are kept, and the file comes out as from an unbroken run."""
+    """Killed in the ninth batch of 4: the first eight are kept, and the file comes out as from an unbroken run."""
     dataset = make_dataset(tmp_path / "data", train=30, valid=1)
     path = tmp_path / "killed" / "conv_feat_train.npy"
     code = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), dataset=str(dataset), path=str(path))
@@ -451,12 +451,12 @@ def test_30_ctrl_c_keeps_the_part_file(torch_home, dataset, tmp_path):
     many = make_dataset(tmp_path / "many", train=40, valid=1)
     process = popen(ROOT / "04_precompute.py", "--data-dir", many, "--output-dir", tmp_path / "out")
     for _ in range(600):
-        if any(path.stat().st_size > 1_000_000 for path in tmp_path.glob("out/*.part")):
+        if any(path.stat().st_size > 500_000 for path in tmp_path.glob("out/*.part")):
             break
         time.sleep(0.05)
     interrupt(process, 0, "x_try.shape")
     part, = (tmp_path / "out").glob("conv_feat_train.*.part")
-    assert part.stat().st_size > 16 * 512 * 49 * 4
+    assert part.stat().st_size > 4 * 512 * 49 * 4
 
 
 def test_31_spawn_start_method(torch_home, tmp_path):
