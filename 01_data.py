@@ -32,8 +32,7 @@ import torchvision
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
-# ==================================== getting the files; the lecture's part begins at "if __name__", further below
-
+# ----------------------------------- getting the files; the lecture's own steps begin at "if __name__", further below
 URLS = ["https://s3.amazonaws.com/fast-ai-sample/dogscats.tgz",
         "http://files.fast.ai/data/examples/dogscats.tgz"]  # the lecture's link, to the same file
 SIZE = 839_285_364  # bytes of the archive
@@ -91,8 +90,8 @@ def download(archive):
             return os.replace(part, archive)
         except (OSError, ValueError, http.client.HTTPException) as error:
             failures.append(f"{url}: {str(error) or type(error).__name__}")
-    raise UserError(f"the dataset can't be downloaded ({'; '.join(failures)}). It needs about {needed:,} bytes of room. "
-                    f"Run this again to go on where it stopped, or save the file with a browser as {archive}")
+    raise UserError(f"the dataset can't be downloaded ({'; '.join(failures)}). About {needed:,} bytes of room are "
+                    f"needed. Run this again to go on where it stopped, or save the file with a browser as {archive}")
 
 
 def unpack(archive, data_dir):
@@ -108,7 +107,8 @@ def unpack(archive, data_dir):
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in progress(tar, sum(COUNTS.values()), "files", lambda member: 1):
                 path = PurePosixPath(member.name)
-                if path.is_absolute() or re.search(r"\.\.|[\\:]", member.name) or not (member.isfile() or member.isdir()):
+                plain = member.isfile() or member.isdir()  # no link, device or pipe
+                if not plain or path.is_absolute() or re.search(r"\.\.|[\\:]", member.name):
                     raise UserError(f"{archive}: holds {member.name!r}, no plain file of the dataset: don't use it")
                 target = folder.joinpath(*path.parts[1:])  # without the leading dogscats/
                 (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
@@ -122,8 +122,8 @@ def unpack(archive, data_dir):
         archive.unlink()
         raise UserError(f"{archive}: was damaged ({error}), and is removed; run this again to download it") from error
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); about {UNPACKED:,} bytes are needed. Make room "
-                        "and run this again, or choose another --data-dir") from error
+        raise UserError(f"{folder}: can't be written ({error.strerror}); about {UNPACKED:,} bytes are needed; make "
+                        "room and run this again, or choose another --data-dir") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"unpacked to {data_dir}; {archive} is not needed any more, you may delete it")
@@ -205,8 +205,8 @@ if __name__ == "__main__":
         parser.error("--from-kaggle makes the whole dataset: leave out --sample")
 
     banner("Using CNN for dogs vs cats", 1175, args.pause)
-    print("25,000 photos of cats and dogs with labels to learn from, 12,500 without to predict, for Kaggle's competition\n"
-          "Dogs vs Cats. At the end of 2013 the state of the art was said to be 80 % of them right.")
+    print("25,000 photos of cats and dogs with labels to learn from, 12,500 without to predict, for Kaggle's\n"
+          "competition Dogs vs Cats. At the end of 2013 the state of the art was said to be 80 % of them right.")
 
     banner("Imports", 1175, args.pause)
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {sys.version}")

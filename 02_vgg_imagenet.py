@@ -11,9 +11,9 @@ probs_try.npy and 02_predictions.png; 02_zero_shot.json and 02_zero_shot.png; 02
 """
 from pathlib import Path
 
-from common import (CLASSES, IMAGENET, banner, check_dataset, choose_weights, files_hash, frozen_to_bfloat16,
-                    get_device, imagenet_format, load, load_image, load_vgg16, loader_options, option_parser, parse_options,
-                    progress, save, save_figure, show_images, weights_hash)
+from common import (CLASSES, IMAGENET, banner, check_dataset, choose_weights, files_hash, get_device,
+                    imagenet_format, load, load_image, load_vgg16, loader_options, option_parser, parse_options,
+                    progress, save, save_figure, show_images, to_device, weights_hash)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -62,9 +62,7 @@ if __name__ == "__main__":
         print(f"the first batch: taken from {args.data_dir / 'valid'}")
         inputs_try, labels_try = next(iter(DataLoader(dset_valid, batch_size=5)))
 
-    if args.bf16:
-        frozen_to_bfloat16(model_vgg)
-    model_vgg = model_vgg.to(device, memory_format=torch.channels_last)
+    model_vgg = to_device(model_vgg, device, args.bf16)
     dtype = model_vgg.features[0].weight.dtype
     with torch.inference_mode():  # no gradients are needed to predict
         outputs_try = model_vgg(inputs_try.to(device, dtype)).cpu()  # (5, 1000)
@@ -90,8 +88,8 @@ if __name__ == "__main__":
 
     if args.zero_shot:
         # The lecture concludes that VGG16 knows cats and dogs already; this measures it.
-        print("\nBeyond the lecture: zero-shot. The sum of the probabilities of ImageNet's 118 kinds of dogs against that "
-              "of its 5 kinds of cats; nothing is trained.")
+        print("\nBeyond the lecture: zero-shot. The sum of the probabilities of ImageNet's 118 kinds of dogs against\n"
+              "that of its 5 kinds of cats; nothing is trained.")
         loader_valid = DataLoader(dset_valid, batch_size=16, **options)
         with torch.inference_mode():
             sums = torch.cat([cat_and_dog_sums(model_vgg(inputs.to(device, dtype)).cpu())
@@ -117,8 +115,8 @@ if __name__ == "__main__":
             "confusion": confusion.tolist(), "outside": sums[:, 2].mean(), "options": vars(args)}})
 
     if args.image:
-        print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 (the weights' own "
-              "transforms)")
+        print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 (the\n"
+              "weights' own transforms)")
         plt.figure(figsize=(10, 3 * len(photos)), layout="constrained")
         plt.suptitle(f"What VGG16 sees{note}")
         for row, (path, photo) in enumerate(zip(args.image, photos, strict=True)):

@@ -11,10 +11,9 @@ Reads the dataset. Leaves in the output folder 03_head.pt, 03_predictions.npy, 0
 """
 import time
 
-from common import (banner, check_dataset, choose_weights, files_hash, freeze_and_replace_head,
-                    frozen_to_bfloat16, get_device, imagenet_format, load_image, load_vgg16, loader_options,
-                    number, option_parser, parse_options, save, save_figure, show_images, test_model, train_model,
-                    weights_hash)
+from common import (banner, check_dataset, choose_weights, files_hash, freeze_and_replace_head, get_device,
+                    imagenet_format, load_image, load_vgg16, loader_options, number, option_parser, parse_options, save,
+                    save_figure, show_images, test_model, to_device, train_model, weights_hash)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -71,10 +70,8 @@ if __name__ == "__main__":
     n_params = sum(param.numel() for param in model_vgg.parameters())
     print(f"\ntrainable parameters: {n_trainable:,} (2 x 4096 weights + 2 biases), of {n_params:,}")
 
-    if args.bf16:
-        frozen_to_bfloat16(model_vgg)
-    # channels_last stores the colours of a pixel side by side: the same numbers, in about half the time on a CPU
-    model_vgg = model_vgg.to(device, memory_format=torch.channels_last)
+    # The model goes to the GPU, where there is one.
+    model_vgg = to_device(model_vgg, device, args.bf16)
 
     banner("Training the fully connected module", 2990, args.pause)
     banner("Creating loss function and optimizer", 2990, args.pause)

@@ -21,9 +21,9 @@ import time
 import warnings
 
 from common import (UserError, banner, check_dataset, choose_weights, files_hash, freeze_and_replace_head,
-                    frozen_to_bfloat16, get_device, imagenet_format, load, load_image, load_state, load_vgg16,
+                    get_device, imagenet_format, load, load_image, load_state, load_vgg16,
                     loader_options, number, option_parser, parse_options, progress, save, save_figure, show_images,
-                    test_model, train_model, weights_hash)
+                    test_model, to_device, train_model, weights_hash)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
         made = load(record, "delete it and run again")
         changed = [key for key, value in made_from.items() if made.get(key) != value]
         if not changed:
-            print(f"{path.name}: computed before from the same files, weights, transform and precision; used again")
+            print(f"{path.name}: used again, computed from the same files, weights, transform and precision")
             return load(path, "delete it and run again"), made["images_per_second"]
         print(f"{path.name} was made from other {' and '.join(changed)}: computing it again")
 
@@ -70,7 +70,7 @@ def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
                 print(f"{path.name}: going on after the first {done:,} of {len(dset):,} images")
             needed, free = (len(dset) - done) * row_bytes, shutil.disk_usage(path.parent).free
             if needed > free:
-                raise UserError(f"{path}: {needed:,} bytes are needed, {free:,} are free; make room or change --output-dir")
+                raise UserError(f"{path}: {needed:,} bytes are needed, {free:,} are free; make room and run again")
 
             loader = DataLoader(Subset(dset, range(done, len(dset))), batch_size=batch_size, **options)
             dtype = next(frozen.parameters()).dtype
@@ -81,19 +81,20 @@ def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
                     file.write(x.float().cpu().contiguous().numpy())
                     file.flush()
             os.fsync(file.fileno())
-        images_per_second = (len(dset) - done) / (time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         record.unlink(missing_ok=True)  # without its record a file is made again: a new one never goes by an old record
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror}); {len(dset) * row_bytes:,} bytes are needed in "
                         "all. Make room and run again: it goes on from here") from error
+    images_per_second = (len(dset) - done) / seconds
     save(path.parent, {record.name: {**made_from, "images_per_second": images_per_second}})
-    print(f"saved {path}: {len(dset):,} images, {images_per_second:.1f} images/s")
+    print(f"saved {path}: {len(dset) - done:,} images computed in {seconds:.1f} s, {images_per_second:.1f} images/s")
     return load(path, "run again"), images_per_second
 
 
 def feature_loader(features, labels, batch_size, shuffle):
-    """A DataLoader of (inputs (B, D), classes (B,)) that reads each batch from the file in one go, by its row numbers."""
+    """A DataLoader of (inputs (B, D), classes (B,)) that reads a batch from the file in one go, by its row numbers."""
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
     dataset = TensorDataset(torch.from_numpy(features).flatten(1), torch.from_numpy(labels))
     sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
@@ -140,15 +141,12 @@ if __name__ == "__main__":
     weights_sha256 = weights_hash(model_vgg)
     torch.manual_seed(args.seed)
     model_vgg = freeze_and_replace_head(model_vgg)
-    metrics_03 = {}
-    if (args.output_dir / "03_metrics.json").exists():
-        metrics_03 = load(args.output_dir / "03_metrics.json", "run python 03_finetune_head.py again")
-    same = metrics_03.get("weights_sha256") == weights_sha256 and metrics_03.get("files_sha256") == files_sha256
-    if same:
-        load_state(model_vgg.classifier[6], args.output_dir / "03_head.pt", "run python 03_finetune_head.py again")
-    if args.bf16:
-        frozen_to_bfloat16(model_vgg)
-    model_vgg = model_vgg.to(device, memory_format=torch.channels_last)
+    path_03, again = args.output_dir / "03_metrics.json", "run python 03_finetune_head.py again"
+    metrics_03 = load(path_03, again) if path_03.exists() else {}
+    from_03 = metrics_03.get("weights_sha256") == weights_sha256 and metrics_03.get("files_sha256") == files_sha256
+    if from_03:
+        load_state(model_vgg.classifier[6], args.output_dir / "03_head.pt", again)
+    model_vgg = to_device(model_vgg, device, args.bf16)
 
     banner("Speeding up the learning by precomputing features", 3460, args.pause)
     # Notice: frozen gives the same for an image in every epoch, so it need not run more than once.
@@ -160,21 +158,22 @@ if __name__ == "__main__":
         frozen = nn.Sequential(model_vgg.features, model_vgg.avgpool, nn.Flatten(), model_vgg.classifier[:6])
         trained = model_vgg.classifier[6:]
     frozen.eval()
-
+    frozen_dtype = next(frozen.parameters()).dtype
     with torch.inference_mode():
-        x_try = frozen(inputs_try.to(device, next(frozen.parameters()).dtype))
+        x_try = frozen(inputs_try.to(device, frozen_dtype))
     print(f"features of the first batch, x_try.shape: {tuple(x_try.shape)}")  # (5, 512, 7, 7) or (5, 4096)
 
-    feat, images_per_second = {}, {}
-    for x in ["train", "valid"]:
-        made_from = {"layer": args.layer, "files": files_sha256[x], "weights": weights_sha256,
-                     "transform": str(imagenet_format), "precision": "bfloat16" if args.bf16 else "float32"}
-        feat[x], images_per_second[x] = preconvfeat(frozen, dsets[x], args.output_dir / f"{args.layer}_feat_{x}.npy",
-                                                    made_from, x_try.shape[1:], device, options)
-    conv_feat_train, conv_feat_valid = feat["train"], feat["valid"]  # (N, 512, 7, 7) or (N, 4096)
-    labels_train, labels_valid = (np.array(dsets[x].targets) for x in ["train", "valid"])  # (N,)
+    made_from = {x: {"layer": args.layer, "files": files_sha256[x], "weights": weights_sha256,
+                     "transform": str(imagenet_format), "precision": f"{frozen_dtype} on {device.type}"}
+                 for x in ["train", "valid"]}
+    paths = {x: args.output_dir / f"{args.layer}_feat_{x}.npy" for x in ["train", "valid"]}
+    conv_feat_train, images_per_second = preconvfeat(
+        frozen, dsets["train"], paths["train"], made_from["train"], x_try.shape[1:], device, options)
+    conv_feat_valid, _ = preconvfeat(
+        frozen, dsets["valid"], paths["valid"], made_from["valid"], x_try.shape[1:], device, options)
+    labels_train, labels_valid = (np.array(dsets[x].targets) for x in ["train", "valid"])  # (N,), (M,)
     save(args.output_dir, {"labels_train.npy": labels_train, "labels_valid.npy": labels_valid})
-    print("conv_feat_train.shape:", conv_feat_train.shape)
+    print("conv_feat_train.shape:", conv_feat_train.shape)  # (N, 512, 7, 7) or (N, 4096)
 
     banner("Creating a new data generator", 3460, args.pause)
     # No image is loaded any more.
@@ -182,7 +181,7 @@ if __name__ == "__main__":
     loaderfeat_valid = feature_loader(conv_feat_valid, labels_valid, args.batch_size, shuffle=False)
     print(f"{len(loaderfeat_train)} batches of {args.batch_size} rows of {math.prod(x_try.shape[1:]):,} numbers")
 
-    if same:
+    if from_03:
         print("the last layer goes on from 03_head.pt: trained on the same images, with the same weights")
     else:
         print("the last layer starts afresh: there is no 03_head.pt for these images and weights")
@@ -197,9 +196,9 @@ if __name__ == "__main__":
 
     # What precomputing saves.
     seconds = {"on features": train_seconds / args.epochs}
-    once = dset_sizes["train"] / images_per_second["train"]
+    once = dset_sizes["train"] / images_per_second
     print(f"\ntraining, per epoch on features: {seconds['on features']:.2f} s; computing them once: {once:.1f} s")
-    if same and (metrics_03["device"], metrics_03["options"]["bf16"]) == (str(device), args.bf16):
+    if from_03 and (metrics_03["device"], metrics_03["options"]["bf16"]) == (str(device), args.bf16):
         seconds["on images"] = metrics_03["seconds_per_epoch"]
         saved = seconds["on images"] - seconds["on features"]
         print(f"training, per epoch on images (03_finetune_head.py): {seconds['on images']:.2f} s; precomputing has "
@@ -224,7 +223,7 @@ if __name__ == "__main__":
             "options": vars(args), "device": str(device),
             "weights": args.weights, "pretrained": args.weights != "untrained", "weights_sha256": weights_sha256,
             "dataset": args.data_dir, "dataset_sizes": dset_sizes, "files_sha256": files_sha256,
-            "from_03_head": same, "precompute_images_per_second": images_per_second,
+            "from_03_head": from_03, "precompute_images_per_second": images_per_second,
             "train_seconds": train_seconds, "seconds_per_epoch": train_seconds / args.epochs,
             "train_loss": [loss for loss, _ in history], "train_accuracy": [accuracy for _, accuracy in history],
             "valid_loss": valid_loss, "valid_accuracy": valid_accuracy,

@@ -15,9 +15,9 @@ photos and the submission 04_head.pt. Leaves in the output folder 05_correct.png
 from pathlib import Path
 
 from common import (CLASSES, IMAGENET, UserError, banner, check_dataset, choose_weights, files_hash,
-                    freeze_and_replace_head, frozen_to_bfloat16, get_device, imagenet_format, load, load_image,
+                    freeze_and_replace_head, get_device, imagenet_format, load, load_image,
                     load_state, load_vgg16, loader_options, number, option_parser, parse_options, progress, save,
-                    save_figure, show_images, weights_hash)
+                    save_figure, show_images, to_device, weights_hash)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -55,9 +55,7 @@ def load_trained(step, metrics, args, device):
                         f"({metrics.get('weights')}); give those, or train it again")
     model_vgg = freeze_and_replace_head(model_vgg)
     load_state(model_vgg.classifier[6], args.output_dir / f"{step}_head.pt", f"run the script of step {step} again")
-    if args.bf16:
-        frozen_to_bfloat16(model_vgg)
-    return model_vgg.to(device, memory_format=torch.channels_last).eval()
+    return to_device(model_vgg, device, args.bf16).eval()
 
 
 if __name__ == "__main__":
@@ -175,8 +173,8 @@ if __name__ == "__main__":
         dtype = model_vgg.features[0].weight.dtype
 
     if args.image:
-        print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 (the weights' own "
-              "transforms)")
+        print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 (the\n"
+              "weights' own transforms)")
         plt.figure(figsize=(8, 3 * len(photos)), layout="constrained")
         plt.suptitle(f"Cat or dog? (step {step}{note})")
         for row, (path, photo) in enumerate(zip(args.image, photos, strict=True)):

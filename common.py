@@ -279,11 +279,14 @@ def freeze_and_replace_head(model):
     return model
 
 
-def frozen_to_bfloat16(model):
-    """Cast all layers but the last to bfloat16, once; the last one stays float32, and is given float32."""
-    model.features.to(torch.bfloat16)
-    model.classifier[:6].to(torch.bfloat16)
-    model.classifier[6].register_forward_pre_hook(lambda layer, inputs: inputs[0].float())
+def to_device(model, device, bf16=False):
+    """Move VGG16 to the device; with bf16, all layers but the last are bfloat16 and the last one is given float32."""
+    if bf16:  # cast once: autocast would cast the frozen weights again at every batch
+        model.features.to(torch.bfloat16)
+        model.classifier[:6].to(torch.bfloat16)
+        model.classifier[6].register_forward_pre_hook(lambda layer, inputs: inputs[0].float())
+    # channels_last, a pixel's channels side by side, is faster but for MPS, where some layers get it wrong
+    return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------- train and test loops

@@ -63,10 +63,7 @@ def link_images(source, folder, n):
 
 def make_vgg(bf16=False):
     """Our model, as the scripts prepare it."""
-    model = common.freeze_and_replace_head(common.load_vgg16("untrained"))
-    if bf16:
-        common.frozen_to_bfloat16(model)
-    return model.to(DEVICE, memory_format=torch.channels_last)
+    return common.to_device(common.freeze_and_replace_head(common.load_vgg16("untrained")), DEVICE, bf16)
 
 
 def make_lecture_vgg():

@@ -121,7 +121,8 @@ def draw_scene(size, scene, rng):
     draw.rectangle((0, int(height * horizon), width, height), fill=shade(bottom, rng.uniform(0.85, 1.1)))
     for _ in range(rng.randint(3, 7)):
         r = rng.randint(10, width // 5)
-        ellipse(draw, rng.randint(0, width), rng.randint(0, height), r, r * rng.uniform(0.5, 1), shade(rng.choice([top, bottom]), rng.uniform(0.7, 1.3)))
+        x, y, flat = rng.randint(0, width), rng.randint(0, height), rng.uniform(0.5, 1)
+        ellipse(draw, x, y, r, r * flat, shade(rng.choice([top, bottom]), rng.uniform(0.7, 1.3)))
     return image.filter(ImageFilter.GaussianBlur(width / 60))
 
 

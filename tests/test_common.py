@@ -122,7 +122,7 @@ def test_bfloat16_keeps_the_head_in_float32(vgg):
     inputs = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         exact = vgg(inputs).exp()
-        common.frozen_to_bfloat16(vgg)
+        common.to_device(vgg, torch.device("cpu"), bf16=True)
         close = vgg(inputs.bfloat16()).exp()
     assert close.dtype == torch.float32 and vgg.classifier[6].weight.dtype == torch.float32
     assert 0 < (close - exact).abs().max() < 0.01  # 0.0004 when measured

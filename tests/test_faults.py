@@ -140,7 +140,7 @@ def test_20_classes_missing_or_empty(dataset, folder, left):
     if left == "no image":
         (dataset / folder).mkdir()
         (dataset / folder / "notes.txt").write_text("no image")
-    with pytest.raises(common.UserError, match="01_data.py") as caught:
+    with pytest.raises(common.UserError, match=r"01_data\.py") as caught:
         common.check_dataset(dataset)
     assert str(dataset / folder) in str(caught.value)
 
@@ -354,7 +354,7 @@ def test_26_04_makes_them_again(torch_home, tmp_path, capsys):
     run_here("04_precompute.py", *options)
     printed = capsys.readouterr().out
     assert "conv_feat_train.npy was made from other files: computing it again" in printed
-    assert "conv_feat_valid.npy: computed before" in printed
+    assert "conv_feat_valid.npy: used again" in printed
     feat = np.load(tmp_path / "out" / "conv_feat_train.npy")
     assert np.array_equal(feat[0], feat[1])
     run_here("04_precompute.py", *options, "--bf16")
