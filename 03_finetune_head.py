@@ -55,7 +55,7 @@ if __name__ == "__main__":
     options = loader_options(dset_sizes["train"], args.num_workers, device)
     loader_train = DataLoader(dsets["train"], batch_size=args.batch_size, shuffle=True, **options)
     loader_valid = DataLoader(dsets["valid"], batch_size=5, shuffle=False, **options)
-    inputs_try, labels_try = next(iter(loader_valid))
+    inputs_try, labels_try = next(iter(DataLoader(dsets["valid"], batch_size=5)))
     model_vgg = load_vgg16(args.weights)
     weights_sha256 = weights_hash(model_vgg)
 
@@ -90,22 +90,6 @@ if __name__ == "__main__":
     print(f"\nThe test on the {dset_sizes['valid']:,} validation images:")
     predictions, all_proba, all_classes, valid_loss, valid_accuracy = test_model(model_vgg, loader_valid, criterion)
 
-    # Some validation images of both classes; the lecture's first batch holds cats alone.
-    n_images = 8
-    idx = np.unique(np.linspace(0, dset_sizes["valid"] - 1, n_images).astype(int))
-    inputs = torch.stack([dsets["valid"][i][0] for i in idx])  # (8, 3, 224, 224)
-    with torch.inference_mode():
-        outputs = model_vgg(inputs.to(device, model_vgg.features[0].weight.dtype)).cpu()  # (8, 2)
-    print("\nprobabilities of cats and dogs for 8 of them, exp(outputs):", torch.exp(outputs), sep="\n")
-    print("their classes:", all_classes[idx])
-
-    titles = [f"{dset_classes[all_classes[x]]}\npredicted {dset_classes[predictions[x]]}, {all_proba[x].max():.3f}"
-              for x in idx]
-    show_images(inputs, titles, f"Validation images: true class, prediction and its probability{note}")
-    save_figure(args.output_dir / "03_valid_batch.png", args.show)
-
-    plot_training(history, valid_loss, valid_accuracy, f"Training the last layer on images{note}")
-    save_figure(args.output_dir / "03_training.png", args.show)
     save(args.output_dir, {
         "03_head.pt": {name: value.cpu() for name, value in model_vgg.classifier[6].state_dict().items()},
         "03_predictions.npy": predictions,
@@ -121,4 +105,21 @@ if __name__ == "__main__":
             "valid_loss": valid_loss, "valid_accuracy": valid_accuracy,
         },
     })
+
+    # Some validation images of both classes; the lecture's first batch holds cats alone.
+    n_images = 8
+    idx = np.unique(np.linspace(0, dset_sizes["valid"] - 1, n_images).astype(int))
+    inputs = torch.stack([dsets["valid"][i][0] for i in idx])  # (8, 3, 224, 224)
+    with torch.inference_mode():
+        outputs = model_vgg(inputs.to(device, model_vgg.features[0].weight.dtype)).cpu()  # (8, 2)
+    print("\nprobabilities of cats and dogs for some of them, exp(outputs):", torch.exp(outputs), sep="\n")
+    print("their classes:", all_classes[idx])
+    titles = [f"{dset_classes[all_classes[x]]}\npredicted {dset_classes[predictions[x]]}, {all_proba[x].max():.3f}"
+              for x in idx]
+    show_images(inputs, titles, f"Validation images: true class, prediction and its probability{note}")
+    save_figure(args.output_dir / "03_valid_batch.png", args.show)
+
+    plot_training(history, valid_loss, valid_accuracy, f"Training the last layer on images{note}")
+    save_figure(args.output_dir / "03_training.png", args.show)
+
     print(f"\nDone{note}. Next: python 04_precompute.py{args.shared}")

@@ -194,6 +194,22 @@ if __name__ == "__main__":
     print(f"\nThe test on the {dset_sizes['valid']:,} validation images:")
     predictions, all_proba, all_classes, valid_loss, valid_accuracy = test_model(trained, loaderfeat_valid, criterion)
 
+    save(args.output_dir, {
+        "04_head.pt": {name: value.cpu() for name, value in model_vgg.classifier[6].state_dict().items()},
+        "04_predictions.npy": predictions,
+        "04_all_proba.npy": all_proba,
+        "04_all_classes.npy": all_classes,
+        "04_metrics.json": {
+            "options": vars(args), "device": str(device),
+            "weights": args.weights, "pretrained": args.weights != "untrained", "weights_sha256": weights_sha256,
+            "dataset": args.data_dir, "dataset_sizes": dset_sizes, "files_sha256": files_sha256,
+            "from_03_head": from_03, "precompute_images_per_second": images_per_second,
+            "train_seconds": train_seconds, "seconds_per_epoch": train_seconds / args.epochs,
+            "train_loss": [loss for loss, _ in history], "train_accuracy": [accuracy for _, accuracy in history],
+            "valid_loss": valid_loss, "valid_accuracy": valid_accuracy,
+        },
+    })
+
     # What precomputing saves.
     seconds = {"on features": train_seconds / args.epochs}
     once = dset_sizes["train"] / images_per_second
@@ -214,19 +230,5 @@ if __name__ == "__main__":
     images = [dsets["valid"][x][0] for x in idx]
     show_images(images, titles, f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "04_valid_batch.png", args.show)
-    save(args.output_dir, {
-        "04_head.pt": {name: value.cpu() for name, value in model_vgg.classifier[6].state_dict().items()},
-        "04_predictions.npy": predictions,
-        "04_all_proba.npy": all_proba,
-        "04_all_classes.npy": all_classes,
-        "04_metrics.json": {
-            "options": vars(args), "device": str(device),
-            "weights": args.weights, "pretrained": args.weights != "untrained", "weights_sha256": weights_sha256,
-            "dataset": args.data_dir, "dataset_sizes": dset_sizes, "files_sha256": files_sha256,
-            "from_03_head": from_03, "precompute_images_per_second": images_per_second,
-            "train_seconds": train_seconds, "seconds_per_epoch": train_seconds / args.epochs,
-            "train_loss": [loss for loss, _ in history], "train_accuracy": [accuracy for _, accuracy in history],
-            "valid_loss": valid_loss, "valid_accuracy": valid_accuracy,
-        },
-    })
+
     print(f"\nDone{note}. Next: python 05_analysis.py{args.shared}")

@@ -25,8 +25,10 @@ class UserError(Exception):
 def report(kind, error, traceback):
     """How a script ends: one line and status 1 where the user can mend it, 130 after Ctrl-C, a traceback for a bug."""
     text = str(error).strip()
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # a progress line may stand there
     if issubclass(kind, KeyboardInterrupt) and not hasattr(sys, "ps1"):  # ps1: at the prompt of python -i
-        print("\nstopped by Ctrl-C", file=sys.stderr)
+        print("stopped by Ctrl-C", file=sys.stderr)
         if not sys.flags.interactive:
             raise SystemExit(130)
     elif issubclass(kind, UserError):
@@ -40,15 +42,11 @@ def report(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-def ignore_ctrl_c(worker_id=None):
-    """In a worker process: Ctrl-C reaches every process of the terminal, and the main one ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-# Before the slow imports, so that Ctrl-C during them is one line too.
+# Before the slow imports, so that Ctrl-C during them is one line too. Workers that import this file again (on macOS and
+# Windows), they leave Ctrl-C to the main process, which ends them.
 sys.excepthook = report
 if multiprocessing.parent_process():
-    ignore_ctrl_c()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -127,7 +125,8 @@ def banner(heading, seconds, pause=False):
     clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     print(f"\n{'=' * 80}\n{heading}\n  video from {clock}, https://youtu.be/ZhC-DIrCe6A?t={seconds}\n{'=' * 80}")
     if pause and sys.stdin.isatty():
-        input("press Enter to go on ")
+        print("press Enter to go on ", end="", flush=True)
+        sys.stdin.readline()
 
 
 def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
@@ -209,7 +208,7 @@ def loader_options(n_images, num_workers, device):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # one process decodes faster than a CPU runs VGG16, a GPU needs many; few images are done before they start
         num_workers = 0 if n_images < 500 else 1 if device.type == "cpu" else min(cores, 16)
-    return {"num_workers": num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_ctrl_c}
+    return {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
 
 
 # -------------------------------------------------------------------------------------------- device, VGG16, its head
@@ -335,18 +334,13 @@ def test_model(model, loader, criterion=nn.NLLLoss()):
 
 
 # ------------------------------------------------------------------------------------------------------------- files
-def encode(suffix, content):
-    """The bytes of a .npy array, .pt state dict, .png figure, .json dict, or of any other text."""
-    buffer = io.BytesIO()
-    if suffix == ".npy":
-        np.save(buffer, content, allow_pickle=False)
-    elif suffix == ".pt":
-        torch.save(content, buffer)
-    elif suffix == ".png":
-        content.savefig(buffer)
-    else:
-        buffer.write((json.dumps(content, indent=1, default=str) if suffix == ".json" else content).encode())
-    return buffer.getbuffer()
+WRITERS = {
+    ".npy": lambda file, array: np.save(file, array, allow_pickle=False),
+    ".pt": lambda file, state_dict: torch.save(state_dict, file),
+    ".png": lambda file, figure: figure.savefig(file),
+    ".json": lambda file, content: file.write(json.dumps(content, indent=1, default=str).encode()),
+    ".csv": lambda file, text: file.write(text.encode()),
+}
 
 
 def save(folder, files):
@@ -357,8 +351,10 @@ def save(folder, files):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, content in zip(parts, files.values(), strict=True):
+            buffer = io.BytesIO()
+            WRITERS[path.suffix](buffer, content)
             with open(parts[path], "wb") as file:
-                file.write(encode(path.suffix, content))
+                file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
         if len(parts) > 1:

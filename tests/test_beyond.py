@@ -211,7 +211,7 @@ def test_submission(torch_home, tmp_path, vgg, capsys):
     for number, path in zip(numbers, pictures, strict=False):
         shutil.copy(path, dataset / "test1" / f"{number}.jpg")
     fake_results(tmp_path / "out", dataset, [0.1, 0.9], weights_sha256=common.weights_hash(common.load_vgg16("imagenet")))
-    vgg.classifier[6].weight.data *= 30  # sure of itself, so that the clipping has work to do
+    vgg.classifier[6].weight.data *= 3000  # sure of itself, so that the clipping has work to do
     common.save(tmp_path / "out", {"04_head.pt": vgg.classifier[6].state_dict()})
     analyse(dataset, tmp_path / "out", "--submission")
     assert "Kaggle expects 12,500 rows, these are 6" in capsys.readouterr().out
@@ -222,8 +222,8 @@ def test_submission(torch_home, tmp_path, vgg, capsys):
     inputs = torch.stack([common.imagenet_format(common.load_image(path)) for path in pictures[:6]])
     with torch.inference_mode():
         direct = vgg(inputs).exp()[:, 1].numpy()
-    assert np.allclose(labels, direct.clip(0.005, 0.995), atol=1e-4)
-    assert labels.min() >= 0.005 and labels.max() <= 0.995
+    assert np.allclose(labels, direct.clip(0.005, 0.995), atol=1e-3)
+    assert (direct > 0.995).any() or (direct < 0.005).any()
 
 
 def test_submission_without_what_it_needs(torch_home, dataset, tmp_path):

@@ -232,6 +232,12 @@ def test_06_a_web_page_instead_of_the_archive(server, tmp_path, mode):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_06_another_archive(server, tmp_path):
+    server.body = make_archive({"train/cats": 1})
+    fails(tmp_path, "not the archive")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_06_a_web_page_leaves_a_good_part_file_alone(server, tmp_path):
     (tmp_path / "dogscats.tgz.part").write_bytes(server.body[:1_500_000])
     server.mode = ["page"]
