@@ -162,7 +162,7 @@ def speed_rows(folder):
     our_loader = DataLoader(dset, batch_size=64, shuffle=True, **ours_options)
     lecture, f32, bf16 = make_lecture_vgg(), make_vgg(), make_vgg(bf16=True)
     inputs = torch.stack([image for image, _ in dset]).to(DEVICE)
-    batch_size = 4 if DEVICE.type == "cpu" else 64
+    batch_size = 8 if DEVICE.type == "cpu" else 64
 
     def our_precompute(model, name):
         path = folder / f"{name}_feat_train.npy"
