@@ -141,10 +141,8 @@ def move_in(folder, data_dir, counts):
 
 
 def from_kaggle(source, data_dir):
-    """Build the lecture's folders from Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., by hard links or copies.
-
-    Of each class the last 8 % are for validation, ids 11500 to 12499 of the whole set. `source` stays as it is.
-    """
+    """Build the lecture's folders from Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., by hard links or copies: the
+    last 8 % of each class are valid, ids 11500 to 12499 of the whole set. `source` stays as it is."""
     def numbered(folder, pattern):
         paths = folder.iterdir() if folder.is_dir() else []
         return sorted((path for path in paths if re.fullmatch(pattern, path.name)),
@@ -215,12 +213,13 @@ if __name__ == "__main__":
 
     banner("Downloading the data", 1175, args.pause)
     if not args.sample:
-        get_dataset(args.data_dir, args.from_kaggle)
+        get_dataset(args.data_dir.resolve(), args.from_kaggle)
     check_dataset(args.data_dir)
     print(args.data_dir)
     for name in COUNTS:
         if (args.data_dir / name).is_dir():
-            print(f"  {name:<20} {len(os.listdir(args.data_dir / name)):6,} images")
+            n_images = sum(datasets.folder.is_image_file(file) for file in os.listdir(args.data_dir / name))
+            print(f"  {name:<20} {n_images:6,} images")
 
     banner("Data processing", 1550, args.pause)
     data_dir = args.data_dir

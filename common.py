@@ -42,8 +42,8 @@ def report(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-# Before the slow imports, so that Ctrl-C during them is one line too. Workers that import this file again (on macOS and
-# Windows), they leave Ctrl-C to the main process, which ends them.
+# Before the slow imports, so that Ctrl-C during them is one line too. Workers that import this file again, on macOS and
+# Windows, leave Ctrl-C to the main process, which ends them.
 sys.excepthook = report
 if multiprocessing.parent_process():
     signal.signal(signal.SIGINT, signal.SIG_IGN)

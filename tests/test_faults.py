@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -200,8 +201,8 @@ MADE_FROM = {"layer": "conv", "files": "f", "weights": "w", "transform": "t", "p
 
 
 def features(dataset, path, made_from=MADE_FROM, layers=None, part="train"):
-    dset = datasets.ImageFolder(dataset / part, common.imagenet_format, loader=common.load_image)
-    return precompute.preconvfeat(layers or small_layers(), dset, path, made_from, (4, 7, 7), torch.device("cpu"),
+    dset, layers = datasets.ImageFolder(dataset / part, common.imagenet_format, loader=common.load_image), layers or small_layers()
+    return precompute.preconvfeat(layers, dset, path, made_from, (layers.out_channels, 7, 7), torch.device("cpu"),
                                   common.loader_options(len(dset), 0, torch.device("cpu")))[0]
 
 
@@ -211,6 +212,24 @@ def test_features_are_the_rows_of_the_dataset_in_its_order(dataset, tmp_path):
     with torch.inference_mode():
         direct = small_layers()(torch.stack([image for image, _ in dset])).numpy()
     assert np.allclose(rows, direct, atol=1e-5) and isinstance(rows, np.memmap)
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
+    """200 images with rows as large as VGG16's: kept in memory they would take 20 MB."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("this system does not tell a process how much memory it uses in /proc")
+
+    def anonymous_memory(*_):
+        used.append(1024 * int(next(line for line in status.read_text().splitlines() if "RssAnon" in line).split()[1]))
+
+    dataset, used = make_dataset(tmp_path / "data", train=100, valid=1), []
+    layers = nn.Conv2d(3, 512, 32, stride=32).eval()
+    layers.register_forward_pre_hook(anonymous_memory)
+    rows = features(dataset, tmp_path / "conv_feat_train.npy", layers=layers)
+    anonymous_memory()
+    assert rows.nbytes > 20_000_000 and len(used) == 26
+    assert max(used[8:]) - used[8] < 6_000_000
 
 
 DRIVER = """
