@@ -462,9 +462,14 @@ def interrupt(process, seconds_after_line, line):
         os.killpg(process.pid, 0)
 
 
+def listen_to_ctrl_c():
+    """What a shell starts in the background ignores Ctrl-C, and so do its children: not what is tested here."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def popen(*command, **kwargs):
     return subprocess.Popen([sys.executable, "-u", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, start_new_session=True, **kwargs)
+                            text=True, start_new_session=True, preexec_fn=listen_to_ctrl_c, **kwargs)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
