@@ -94,16 +94,13 @@ def download(archive):
                     f"needed. Run this again to go on where it stopped, or save the file with a browser as {archive}")
 
 
-def unpack(archive, data_dir):
-    """Check the archive and unpack it: all of it appears as data_dir, or nothing. UserError where it is not right."""
+def unpack(archive, folder):
+    """Check the archive and unpack it into folder; UserError where it is damaged, or holds what may reach outside."""
     with open(archive, "rb") as file:
         md5 = hashlib.md5(file.read(MIB), usedforsecurity=False).hexdigest()
-    if archive.stat().st_size != SIZE or md5 != MD5_OF_FIRST_MIB:
-        archive.unlink()
-        raise UserError(f"{archive}: was not the dataset's archive, and is removed; run this again to download it")
-    folder = data_dir.with_name(data_dir.name + ".part")
-    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
     try:
+        if archive.stat().st_size != SIZE or md5 != MD5_OF_FIRST_MIB:
+            raise EOFError("not the dataset's size or checksum")
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in progress(tar, sum(COUNTS.values()), "files", lambda member: 1):
                 path = PurePosixPath(member.name)
@@ -117,34 +114,16 @@ def unpack(archive, data_dir):
                         shutil.copyfileobj(tar.extractfile(member), file)
             while stream.read(MIB):  # on to the end, where gzip checks its sum
                 pass
-        move_in(folder, data_dir, COUNTS)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         archive.unlink()
         raise UserError(f"{archive}: was damaged ({error}), and is removed; run this again to download it") from error
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); about {UNPACKED:,} bytes are needed; make "
-                        "room and run this again, or choose another --data-dir") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(f"unpacked to {data_dir}; {archive} is not needed any more, you may delete it")
 
 
-def move_in(folder, data_dir, counts):
-    """Give the finished folder its final name, if it holds as many files as it should."""
-    for name, count in counts.items():
-        found = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
-        if found != count:
-            raise UserError(f"{name} holds {found:,} files, not {count:,}: {data_dir} is not made; delete the archive")
-    if data_dir.exists():
-        data_dir.rmdir()  # empty
-    os.replace(folder, data_dir)
-
-
-def from_kaggle(source, data_dir):
-    """Build the lecture's folders from Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., by hard links or copies: the
-    last 8 % of each class are valid, ids 11500 to 12499 of the whole set. `source` stays as it is."""
-    def numbered(folder, pattern):
-        paths = folder.iterdir() if folder.is_dir() else []
+def from_kaggle(source, folder):
+    """Fill folder from Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., by hard links or copies: the last 8 % of each
+    class are valid, ids 11500 to 12499 of the whole set. `source` stays as it is. Returns {subfolder: file count}."""
+    def numbered(place, pattern):
+        paths = place.iterdir() if place.is_dir() else []
         return sorted((path for path in paths if re.fullmatch(pattern, path.name)),
                       key=lambda path: int(re.search(r"\d+", path.name)[0]))
 
@@ -158,41 +137,47 @@ def from_kaggle(source, data_dir):
         places[f"train/{name}"], places[f"valid/{name}"] = images[:-n_valid], images[-n_valid:]
         places[f"sample/train/{name}"], places[f"sample/valid/{name}"] = images[:-n_valid][:8], images[-n_valid:][:4]
     places["test1"] = numbered(source / "test1", r"(\d+)\.jpg") or numbered(source / "test", r"(\d+)\.jpg")
-    folder = data_dir.with_name(data_dir.name + ".part")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        for name, images in places.items():
-            (folder / name).mkdir(parents=True)
-            for image in images:
-                try:
-                    os.link(image, folder / name / image.name)
-                except OSError:  # another file system, or one without hard links
-                    shutil.copyfile(image, folder / name / image.name)
-        move_in(folder, data_dir, {name: len(images) for name, images in places.items()})
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); make room or change --data-dir") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(f"made {data_dir} from {source}" + ("" if places["test1"] else "; no test1/ there, so no Kaggle submission"))
+    for name, images in places.items():
+        (folder / name).mkdir(parents=True)
+        for image in images:
+            try:
+                os.link(image, folder / name / image.name)
+            except OSError:  # another file system, or one without hard links
+                shutil.copyfile(image, folder / name / image.name)
+    return {name: len(images) for name, images in places.items()}
 
 
 def get_dataset(data_dir, kaggle):
-    """Make sure that data_dir holds a dataset; what is there already is never fetched again or overwritten."""
-    if data_dir.is_dir() and any(data_dir.iterdir()):
+    """Make sure that data_dir holds a dataset; what is there already is never fetched again or overwritten. A new one
+    is made in a folder beside it, which gets the final name when all is there: UserError, and nothing, else."""
+    if data_dir.is_file() or (data_dir.exists() and any(data_dir.iterdir())):
         if kaggle:
             raise UserError(f"--from-kaggle: {data_dir} is not empty, and the two must not mix; move it away")
         return
+    archive, folder = data_dir.parent / "dogscats.tgz", data_dir.with_name(data_dir.name + ".part")
     try:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
+        if kaggle:
+            counts = from_kaggle(kaggle, folder)
+        else:
+            if not archive.exists():
+                download(archive)
+            unpack(archive, folder)
+            counts = COUNTS
+        for name, count in counts.items():
+            found = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
+            if found != count:
+                raise UserError(f"{archive}: {name} holds {found:,} files, not {count:,}; delete it and run this again")
+        if data_dir.exists():
+            data_dir.rmdir()  # empty
+        os.replace(folder, data_dir)
     except OSError as error:
-        raise UserError(f"{data_dir}: can't be made ({error.strerror}); choose another --data-dir") from error
-    archive = data_dir.parent / "dogscats.tgz"
-    if kaggle:
-        from_kaggle(kaggle, data_dir)
-    else:
-        if not archive.exists():
-            download(archive)
-        unpack(archive, data_dir)
+        raise UserError(f"{data_dir}: can't be made ({error.strerror}); about {UNPACKED:,} bytes are needed; make room "
+                        "and run this again, or choose another --data-dir") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"made {data_dir}" + ("" if kaggle else f"; {archive} is not needed any more, you may delete it"))
 
 
 if __name__ == "__main__":
@@ -262,4 +247,4 @@ if __name__ == "__main__":
     save_figure(args.output_dir / "01_train_batch.png", args.show)
 
     save(args.output_dir, {"inputs_try.npy": inputs_try.numpy(), "labels_try.npy": labels_try.numpy()})
-    print(f"\nDone. Next: python 02_vgg_imagenet.py{args.shared}")
+    print("\nDone. Next, with the same options: python 02_vgg_imagenet.py")

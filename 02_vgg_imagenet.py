@@ -13,10 +13,11 @@ from pathlib import Path
 
 from common import (CLASSES, IMAGENET, banner, check_dataset, choose_weights, files_hash, get_device,
                     imagenet_format, load, load_image, load_vgg16, loader_options, option_parser, parse_options,
-                    progress, save, save_figure, show_images, to_device, weights_hash)
+                    progress, save, save_figure, show_images, to_device)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -38,7 +39,8 @@ if __name__ == "__main__":
     parser.add_argument("--image", nargs="+", type=Path, default=[], metavar="FILE", help="photos of your own to name")
     args = parse_options(parser)
     device = get_device(args.device, args.bf16)
-    photos = [load_image(path, upright=True) for path in args.image]
+    for path in args.image:
+        load_image(path)  # a bad file is said now, not after all the work
     try_files = [args.output_dir / "inputs_try.npy", args.output_dir / "labels_try.npy"]
     from_01 = all(path.exists() for path in try_files)
     if args.zero_shot or not from_01:
@@ -50,7 +52,6 @@ if __name__ == "__main__":
 
     banner("Creating VGG Model", 2451, args.pause)
     model_vgg = load_vgg16(args.weights)
-    weights_sha256 = weights_hash(model_vgg)
     model_vgg.eval()  # without dropout: in training mode it would predict at random
     dic_imagenet = IMAGENET.meta["categories"]
     print(f"{len(dic_imagenet)} ImageNet categories, the first four:", dic_imagenet[:4])
@@ -110,30 +111,31 @@ if __name__ == "__main__":
         show_images([load_image(path) for path in paths], titles, f"Zero-shot: most wrong{note}")
         save_figure(args.output_dir / "02_zero_shot.png", args.show)
         save(args.output_dir, {"02_zero_shot.json": {
-            "weights": args.weights, "pretrained": not note, "weights_sha256": weights_sha256,
-            "dataset": args.data_dir, "files_sha256": {"valid": files_hash(dset_valid)}, "valid_accuracy": accuracy,
+            "weights": args.weights, "pretrained": args.weights != "untrained", "dataset": args.data_dir,
+            "files_sha256": {"valid": files_hash(dset_valid)}, "valid_accuracy": accuracy,
             "confusion": confusion.tolist(), "outside": sums[:, 2].mean(), "options": vars(args)}})
 
     if args.image:
         print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 (the\n"
               "weights' own transforms)")
-        plt.figure(figsize=(10, 3 * len(photos)), layout="constrained")
+        plt.figure(figsize=(10, 3 * len(args.image)), layout="constrained")
         plt.suptitle(f"What VGG16 sees{note}")
-        for row, (path, photo) in enumerate(zip(args.image, photos, strict=True)):
+        for row, path in enumerate(args.image):
+            photo = ImageOps.exif_transpose(load_image(path))
             inputs = IMAGENET.transforms()(photo)[None]  # (1, 3, 224, 224)
             with torch.inference_mode():
                 vals, preds = m_softm(model_vgg(inputs.to(device, dtype)).cpu())[0].topk(5)
             names = [dic_imagenet[i] for i in preds]
             print(f"  {path}:", ", ".join(f"{name} {val:.3f}" for name, val in zip(names, vals, strict=True)))
-            plt.subplot(len(photos), 2, 2 * row + 1)
+            plt.subplot(len(args.image), 2, 2 * row + 1)
             photo.thumbnail((600, 600))
             plt.imshow(photo)
             plt.axis("off")
             plt.title(path.name, parse_math=False)
-            plt.subplot(len(photos), 2, 2 * row + 2)
+            plt.subplot(len(args.image), 2, 2 * row + 2)
             plt.barh(range(5, 0, -1), vals)
             plt.yticks(range(5, 0, -1), names)
             plt.xlim(0, 1)
             plt.xlabel("probability")
         save_figure(args.output_dir / "02_images.png", args.show)
-    print(f"\nDone{note}. Next: python 03_finetune_head.py{args.shared}")
+    print(f"\nDone{note}. Next, with the same options: python 03_finetune_head.py")

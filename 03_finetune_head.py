@@ -12,7 +12,7 @@ Reads the dataset. Leaves in the output folder 03_head.pt, 03_predictions.npy, 0
 import time
 
 from common import (banner, check_dataset, choose_weights, files_hash, freeze_and_replace_head, get_device,
-                    imagenet_format, load_image, load_vgg16, loader_options, number, option_parser, parse_options, save,
+                    imagenet_format, load_image, load_vgg16, loader_options, option_parser, parse_options, save,
                     save_figure, show_images, test_model, to_device, train_model, weights_hash)
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,9 +39,9 @@ def plot_training(history, valid_loss, valid_accuracy, title):
 
 if __name__ == "__main__":
     parser = option_parser(__doc__)
-    parser.add_argument("--epochs", type=number(int, 1, 10_000), default=2, metavar="N", help="default: 2")
-    parser.add_argument("--lr", type=number(float, 0, 1_000), default=0.001, help="learning rate (default: 0.001)")
-    parser.add_argument("--batch-size", type=number(int, 1, 100_000), default=64, metavar="N", help="default: 64")
+    parser.add_argument("--epochs", type=int, default=2, metavar="N", help="default: 2")
+    parser.add_argument("--lr", type=float, default=0.001, help="learning rate (default: 0.001)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
     args = parse_options(parser)
     device = get_device(args.device, args.bf16)
     check_dataset(args.data_dir)
@@ -122,4 +122,4 @@ if __name__ == "__main__":
     plot_training(history, valid_loss, valid_accuracy, f"Training the last layer on images{note}")
     save_figure(args.output_dir / "03_training.png", args.show)
 
-    print(f"\nDone{note}. Next: python 04_precompute.py{args.shared}")
+    print(f"\nDone{note}. Next, with the same options: python 04_precompute.py")

@@ -22,7 +22,7 @@ import warnings
 
 from common import (UserError, banner, check_dataset, choose_weights, files_hash, freeze_and_replace_head,
                     get_device, imagenet_format, load, load_image, load_state, load_vgg16,
-                    loader_options, number, option_parser, parse_options, progress, save, save_figure, show_images,
+                    loader_options, option_parser, parse_options, progress, save, save_figure, show_images,
                     test_model, to_device, train_model, weights_hash)
 import matplotlib.pyplot as plt
 import numpy as np
@@ -119,9 +119,9 @@ def plot_training(history, valid_loss, valid_accuracy, seconds, title):
 
 if __name__ == "__main__":
     parser = option_parser(__doc__)
-    parser.add_argument("--epochs", type=number(int, 1, 100_000), default=50, metavar="N", help="default: 50")
-    parser.add_argument("--lr", type=number(float, 0, 1_000), default=0.001, help="learning rate (default: 0.001)")
-    parser.add_argument("--batch-size", type=number(int, 1, 100_000), default=128, metavar="N", help="default: 128")
+    parser.add_argument("--epochs", type=int, default=50, metavar="N", help="default: 50")
+    parser.add_argument("--lr", type=float, default=0.001, help="learning rate (default: 0.001)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--layer", choices=["conv", "fc7"], default="conv", help="what is computed once: the "
                         "convolutions, as in the lecture, or all but the last layer (default: conv)")
     args = parse_options(parser)
@@ -231,4 +231,4 @@ if __name__ == "__main__":
     show_images(images, titles, f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "04_valid_batch.png", args.show)
 
-    print(f"\nDone{note}. Next: python 05_analysis.py{args.shared}")
+    print(f"\nDone{note}. Next, with the same options: python 05_analysis.py")

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from common import (CLASSES, IMAGENET, UserError, banner, check_dataset, choose_weights, files_hash,
                     freeze_and_replace_head, get_device, imagenet_format, load, load_image,
-                    load_state, load_vgg16, loader_options, number, option_parser, parse_options, progress, save,
+                    load_state, load_vgg16, loader_options, option_parser, parse_options, progress, save,
                     save_figure, show_images, to_device, weights_hash)
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
@@ -61,20 +62,21 @@ def load_trained(step, metrics, args, device):
 if __name__ == "__main__":
     parser = option_parser(__doc__)
     parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 where it has run, else 03)")
-    parser.add_argument("--n-view", type=number(int, 1, 100), default=8, metavar="N", help="images a view (default: 8)")
+    parser.add_argument("--n-view", type=int, default=8, metavar="N", help="images a view (default: 8)")
     parser.add_argument("--image", nargs="+", type=Path, default=[], metavar="FILE", help="photos of your own to judge")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
     args = parse_options(parser)
     device = get_device(args.device, args.bf16)
-    photos = [load_image(path, upright=True) for path in args.image]
+    for path in args.image:
+        load_image(path)  # a bad file is said now, not after all the work
     check_dataset(args.data_dir)
     test_paths = test_images(args.data_dir / "test1") if args.submission else []
     dset_valid = datasets.ImageFolder(args.data_dir / "valid", imagenet_format, loader=load_image)
 
     step = args.step or ("04" if (args.output_dir / "04_metrics.json").exists() else "03")
-    command = {"03": "python 03_finetune_head.py", "04": "python 04_precompute.py"}[step] + args.shared
+    command = {"03": "python 03_finetune_head.py", "04": "python 04_precompute.py"}[step]
     metrics, predictions, all_proba, all_classes = (
-        load(args.output_dir / f"{step}_{name}", f"run {command} first")
+        load(args.output_dir / f"{step}_{name}", f"run {command} first, with the same options")
         for name in ["metrics.json", "predictions.npy", "all_proba.npy", "all_classes.npy"])
     shapes, n_valid = (predictions.shape, all_proba.shape, all_classes.shape), len(dset_valid)
     if metrics.get("files_sha256", {}).get("valid") != files_hash(dset_valid) or (
@@ -175,18 +177,19 @@ if __name__ == "__main__":
     if args.image:
         print("\nBeyond the lecture: your own photos, turned upright, resized to 256 and cropped to 224 (the\n"
               "weights' own transforms)")
-        plt.figure(figsize=(8, 3 * len(photos)), layout="constrained")
+        plt.figure(figsize=(8, 3 * len(args.image)), layout="constrained")
         plt.suptitle(f"Cat or dog? (step {step}{note})")
-        for row, (path, photo) in enumerate(zip(args.image, photos, strict=True)):
+        for row, path in enumerate(args.image):
+            photo = ImageOps.exif_transpose(load_image(path))
             with torch.inference_mode():
                 proba = model_vgg(IMAGENET.transforms()(photo)[None].to(device, dtype)).exp().cpu()[0]  # (2,)
             print(f"  {path}: {CLASSES[proba.argmax()][:-1]}, probability {proba.max():.4f}{note}")
-            plt.subplot(len(photos), 2, 2 * row + 1)
+            plt.subplot(len(args.image), 2, 2 * row + 1)
             photo.thumbnail((600, 600))
             plt.imshow(photo)
             plt.axis("off")
             plt.title(path.name, parse_math=False)
-            plt.subplot(len(photos), 2, 2 * row + 2)
+            plt.subplot(len(args.image), 2, 2 * row + 2)
             plt.barh(CLASSES, proba)
             plt.xlim(0, 1)
             plt.xlabel("probability")

@@ -4,17 +4,17 @@ Nothing here runs on its own. Open it when a script calls a function that you wa
 """
 import argparse
 import hashlib
-import http.client
 import io
 import json
 import multiprocessing
 import os
-import shlex
 import signal
 import socket
 import sys
+import tempfile
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 
@@ -27,9 +27,9 @@ def report(kind, error, traceback):
     text = str(error).strip()
     if sys.stderr.isatty():
         print(file=sys.stderr)  # a progress line may stand there
-    if issubclass(kind, KeyboardInterrupt) and not hasattr(sys, "ps1"):  # ps1: at the prompt of python -i
+    if issubclass(kind, KeyboardInterrupt):
         print("stopped by Ctrl-C", file=sys.stderr)
-        if not sys.flags.interactive:
+        if not (sys.flags.interactive or hasattr(sys, "ps1")):  # python -i stays at its prompt
             raise SystemExit(130)
     elif issubclass(kind, UserError):
         # a DataLoader hands on a worker's error as a long text that ends in "common.UserError: message"
@@ -42,17 +42,14 @@ def report(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-# Before the slow imports, so that Ctrl-C during them is one line too. Workers that import this file again, on macOS and
-# Windows, leave Ctrl-C to the main process, which ends them.
-sys.excepthook = report
-if multiprocessing.parent_process():
+sys.excepthook = report  # before the slow imports, so that Ctrl-C during them is one line too
+if multiprocessing.parent_process():  # a worker that imports this again, on macOS and Windows: the main process ends it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torchvision import datasets, models, transforms
 
@@ -72,16 +69,6 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 # ------------------------------------------------------------------------------------------------ options and output
-def number(kind, least, most):
-    """An argparse type: an int or a float from least to most."""
-    def parse(text):
-        if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return kind(text)
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number
-    return parse
-
-
 def option_parser(doc, network=True):
     """The options of every script; with `network`, also those of the scripts that run VGG16."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,74 +76,66 @@ def option_parser(doc, network=True):
     add("--sample", action="store_true", help="run on 24 images: DIR/sample, else those that come with the scripts")
     add("--data-dir", type=Path, metavar="DIR", help="where train/ and valid/ are (default: data/dogscats)")
     add("--output-dir", type=Path, metavar="DIR", help="where results go (default: outputs/full, or outputs/sample)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="seed of all randomness (default: 0)")
-    add("--num-workers", type=number(int, 0, 256), metavar="N", help="processes that load images (default: by machine)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all randomness (default: 0)")
+    add("--num-workers", type=int, metavar="N", help="processes that load images (default: by machine)")
     add("--show", action="store_true", help="also open each figure in a window; close it to go on")
     add("--pause", action="store_true", help="wait for Enter at each heading of the lecture")
     if network:
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU if there is one")
-        add("--weights", default="imagenet", metavar="imagenet|untrained|FILE",
-            help="VGG16's weights: ImageNet's (528 MB, downloaded once), random ones, or a .pth file of yours")
+        add("--weights", default="imagenet", metavar="imagenet|untrained|FILE", help="of VGG16 (default: imagenet)")
         add("--bf16", action="store_true", help="frozen layers in bfloat16: faster, and the last digits change")
     return parser
 
 
 def parse_options(parser):
-    """Parse the command line, find the folders and print the options in force; returns argparse's namespace.
-    Its `shared` holds those of the options given that the next script needs too, as one would type them."""
+    """Parse the command line, find the folders and print the options in force; returns argparse's namespace."""
     args = parser.parse_args()
-    shared = ("sample", "data_dir", "output_dir", "seed", "device", "weights", "bf16")
-    given = {name: value for name, value in vars(args).items() if name in shared and value != parser.get_default(name)}
+    for name, value in vars(args).items():
+        least = 1 if name in ("epochs", "batch_size", "n_view") else 0
+        if isinstance(value, int | float) and not least <= value < 2**63:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small or too large")
     args.output_dir = args.output_dir or HERE / "outputs" / ("sample" if args.sample else "full")
     args.data_dir = args.data_dir or HERE / "data" / "dogscats"
     if args.sample:
         args.data_dir = args.data_dir / "sample" if (args.data_dir / "sample").is_dir() else HERE / "sample"
     sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the console can't print
     if not args.show:
-        matplotlib.use("Agg")  # draws without a display
+        plt.switch_backend("Agg")  # draws without a display
     print("options:", *(f"{name}={value}" for name, value in vars(args).items() if value is not None))
-    args.shared = "".join(f" --{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
-                          for name, value in given.items())
     return args
 
 
 def banner(heading, seconds, pause=False):
     """Print a heading of the lecture and where in the video its part begins; wait for Enter if `pause`."""
-    clock = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-    print(f"\n{'=' * 80}\n{heading}\n  video from {clock}, https://youtu.be/ZhC-DIrCe6A?t={seconds}\n{'=' * 80}")
+    video = f"video from {timedelta(seconds=seconds)}, https://youtu.be/ZhC-DIrCe6A?t={seconds}"
+    print(f"\n{'=' * 80}\n{heading}\n  {video}\n{'=' * 80}")
     if pause and sys.stdin.isatty():
         print("press Enter to go on ", end="", flush=True)
         sys.stdin.readline()
 
 
 def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
-    """Hand on `total` batches and say on stderr how far it is, how fast, and the time left: in place on a terminal; in
-    a log a line after 30 s, and then ever more rarely."""
-    terminal = sys.stderr.isatty()
-    wait, done = (0.2 if terminal else 30), 0
-    start = last = time.monotonic()
+    """Hand on `total` batches; say on stderr how far it is, in place on a terminal, in a log in ever fewer lines."""
+    end, due = ("\r", 0.2) if sys.stderr.isatty() else ("\n", 30)
+    start, done = time.monotonic(), 0
     for i, batch in enumerate(batches, 1):
         yield batch
         done += size(batch)
-        now = time.monotonic()
-        if now - last >= wait:
-            left = round((now - start) / i * (total - i))
-            text = (f"  {i / total:4.0%}, {done:,.0f} {unit}, {done / (now - start):,.1f} {unit}/s, "
-                    f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
-            print(f"\r{text:<79}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-            last, wait = now, (wait if terminal else 2 * wait)
-    if terminal and last != start:
-        print(f"\r{'':79}", end="\r", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - start
+        if seconds >= due:
+            left = timedelta(seconds=round(seconds / i * (total - i)))
+            text = f"  {i / total:4.0%}, {done:,.0f} {unit}, {done / seconds:,.1f} {unit}/s, {left} left"
+            print(f"{text:<79}", end=end, file=sys.stderr, flush=True)
+            due = seconds + 0.2 if end == "\r" else 2 * seconds
+    if end == "\r":
+        print(" " * 79, end="\r", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ images
-def load_image(path, upright=False):
-    """The picture in a file as an RGB PIL image, turned as its EXIF data says if `upright`. UserError where it is
-    damaged, no picture, or so large that it may be an attack."""
+def load_image(path):
+    """The RGB PIL image in a file; UserError where it is damaged, no picture, or so large that it may be an attack."""
     try:
         with Image.open(path) as image:
-            if upright:
-                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would turn all above 255 white
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             return image.convert("RGB")
@@ -171,8 +150,7 @@ def imshow(image, title=None):
         image = np.clip(np.array(STD) * image + np.array(MEAN), 0, 1)
     plt.imshow(image)
     plt.axis("off")
-    if title is not None:
-        plt.title(title, fontsize="medium", parse_math=False)
+    plt.title(title or "", fontsize="medium", parse_math=False)
 
 
 def show_images(images, titles, heading):
@@ -187,27 +165,23 @@ def show_images(images, titles, heading):
 
 
 def check_dataset(data_dir):
-    """UserError unless train and valid each hold just cats and dogs, none empty. Only lists the folders: what is wrong
-    inside an image is said when it is decoded."""
-    for folder in (data_dir / part / name for part in ("train", "valid") for name in ("", *CLASSES)):
+    """UserError unless train and valid each hold just cats and dogs, none empty. Decodes no image."""
+    for folder in (data_dir / "train", data_dir / "valid"):
         if not folder.is_dir():
-            raise UserError(f"{folder} is missing: run python 01_data.py first (after moving away what is left of "
-                            f"{data_dir}, if anything), or use --sample")
-        entries = list(os.scandir(folder))
-        expected = CLASSES if folder.name in ("train", "valid") else []
-        for entry in entries:  # ImageFolder would make any other folder a class, and shift the labels
-            if entry.is_dir() and entry.name not in expected:
-                raise UserError(f"{entry.path}: an unexpected class or folder; move it away")
-        if not expected and not any(datasets.folder.is_image_file(entry.name) for entry in entries):
-            raise UserError(f"{folder}: no images; put them back, or move {data_dir} away and run python 01_data.py")
+            raise UserError(f"{folder} is missing: use --sample, or move what is left of {data_dir} away, if anything, "
+                            "and run python 01_data.py")
+        counts = {entry.name: sum(map(datasets.folder.is_image_file, os.listdir(entry)))
+                  for entry in os.scandir(folder) if entry.is_dir()}
+        if sorted(counts) != CLASSES or 0 in counts.values():  # ImageFolder makes any folder a class, and shifts labels
+            raise UserError(f"{folder}: holds images {counts}, an unexpected, a missing or an empty class: there must "
+                            f"be {CLASSES}")
 
 
 def loader_options(n_images, num_workers, device):
     """The DataLoader arguments that depend on the machine."""
     if num_workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         # one process decodes faster than a CPU runs VGG16, a GPU needs many; few images are done before they start
-        num_workers = 0 if n_images < 500 else 1 if device.type == "cpu" else min(cores, 16)
+        num_workers = 0 if n_images < 500 else 1 if device.type == "cpu" else min(torch.get_num_threads(), 16)
     return {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
 
 
@@ -226,30 +200,27 @@ def get_device(name, bf16=False):
     return torch.device(name)
 
 
-def imagenet_file():
-    """The path of torchvision's ImageNet weights for VGG16; downloads them (528 MB) where they aren't there yet."""
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET.url).name)
-    if not path.exists():
-        print(f"downloading VGG16's ImageNet weights (528 MB) to {path}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(IMAGENET.url, path, path.stem.split("-")[1], progress=sys.stderr.isatty())
-        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f"VGG16's ImageNet weights can't be downloaded ({error}): get {IMAGENET.url} with a "
-                            f"browser and save it as {path}, or use --weights FILE or --weights untrained") from error
-    return path
+def weights_file(weights):
+    """The path of the weights: for "imagenet" the one where torch.hub keeps them, else `weights` itself."""
+    return Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth") if weights == "imagenet" else Path(weights)
 
 
 def choose_weights(weights, sample):
-    """`weights`; but "untrained", after a loud notice, where a --sample run can't get those of ImageNet."""
-    try:
-        if weights == "imagenet":
-            imagenet_file()
-    except UserError as error:
-        if not sample:
-            raise
-        print(error)
-        weights = "untrained"
+    """Download VGG16's ImageNet weights (528 MB) if they are asked for and not there yet. Returns `weights`, or where
+    they can't be had "untrained", after a loud notice, in a --sample run, and UserError in a full one."""
+    path = weights_file("imagenet")
+    if weights == "imagenet" and not path.exists():
+        print(f"downloading VGG16's ImageNet weights (528 MB) to {path}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(IMAGENET.url, path, "397923af", progress=sys.stderr.isatty())
+        except Exception as error:  # the disk, the network in all its ways, or another hash than in the file's name
+            problem = (f"VGG16's ImageNet weights can't be downloaded ({error}): get {IMAGENET.url} with a browser and "
+                       f"save it as {path}, or use --weights FILE or --weights untrained")
+            if not sample:
+                raise UserError(problem) from error
+            print(problem)
+            weights = "untrained"
     if weights == "untrained":
         print("*" * 80, "NOTICE: untrained weights. VGG16 is random here: every step runs, but what it predicts",
               "means nothing, and no number below says how well the lecture's network does.", "*" * 80, sep="\n")
@@ -257,16 +228,13 @@ def choose_weights(weights, sample):
 
 
 def load_vgg16(weights):
-    """torchvision's VGG16, on the CPU, in training mode; weights: "imagenet", "untrained" (random, always the same) or
-    the path of a .pth file. UserError where that holds no VGG16."""
+    """torchvision's VGG16; weights: "imagenet", "untrained" (random, always the same) or a file, else UserError."""
     if weights == "untrained":
         torch.manual_seed(0)
         return models.vgg16()
-    path = imagenet_file() if weights == "imagenet" else Path(weights)
     with torch.device("meta"):  # takes no memory or time: 138 million random numbers would only be overwritten
         model = models.vgg16()
-    load_state(model, path, "delete it and run again" if weights == "imagenet" else "give another file to --weights")
-    return model
+    return load_state(model, weights_file(weights), "delete it if it is there and run again, or give other --weights")
 
 
 def freeze_and_replace_head(model):
@@ -312,8 +280,8 @@ def train_model(model, loader, optimizer, epochs, criterion=nn.NLLLoss()):
             running_corrects += (preds == classes).sum()
             size += len(classes)
         epoch_loss, epoch_acc = running_loss.item() / size, running_corrects.item() / size
-        print(f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {epoch_loss:.4f}  accuracy {epoch_acc:.4f}  "
-              f"{time.perf_counter() - start:.2f} s")
+        seconds = time.perf_counter() - start
+        print(f"epoch {epoch:2}/{epochs}  loss {epoch_loss:.4f}  accuracy {epoch_acc:.4f}  {seconds:.2f} s")
         history.append((epoch_loss, epoch_acc))
     return history
 
@@ -344,28 +312,25 @@ WRITERS = {
 
 
 def save(folder, files):
-    """Write {name: content}, all whole or none, by way of part files; UserError where the disk refuses. The last of
-    several vouches for the rest: it goes first and comes back last, so that half a set never passes for a whole one."""
-    parts = {folder / name: folder / f"{name}.part" for name in files}
-    path = folder
+    """Write {name: content}, all whole or none; UserError where the disk refuses. The last of several vouches for the
+    rest: it goes first and comes back last, so that half a set never passes for a whole one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, content in zip(parts, files.values(), strict=True):
-            buffer = io.BytesIO()
-            WRITERS[path.suffix](buffer, content)
-            with open(parts[path], "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-        if len(parts) > 1:
-            path.unlink(missing_ok=True)
-        for path, part in parts.items():
-            os.replace(part, path)
+        with tempfile.TemporaryDirectory(prefix=".part", dir=folder) as parts:
+            for name, content in files.items():
+                buffer = io.BytesIO()  # on a full disk torch.save and np.save raise all kinds of errors, a file OSError
+                WRITERS[Path(name).suffix](buffer, content)
+                with open(Path(parts, name), "wb") as file:
+                    file.write(buffer.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+            if len(files) > 1:
+                (folder / name).unlink(missing_ok=True)
+            for name in files:
+                os.replace(Path(parts, name), folder / name)
     except OSError as error:
-        for part in filter(Path.is_file, parts.values()):
-            part.unlink()
-        raise UserError(f"{path}: can't be written ({error.strerror}); make room or change --output-dir") from error
-    print("saved", *parts, sep="\n  " if len(parts) > 1 else " ")
+        raise UserError(f"{folder}: can't be written ({error.strerror}); make room or change --output-dir") from error
+    print("saved", *(folder / name for name in files), sep="\n  " if len(files) > 1 else " ")
 
 
 def save_figure(path, show=False):
@@ -377,8 +342,7 @@ def save_figure(path, show=False):
 
 
 def load(path, remedy):
-    """A saved array (memory-mapped), dict or state dict; never runs code that a pickle may hold. UserError, with the
-    remedy, where it is missing or damaged."""
+    """A saved array (memory-mapped), dict or state dict; UserError where it is missing, damaged, or could run code."""
     if not path.is_file():
         raise UserError(f"{path} is missing: {remedy}")
     try:
@@ -392,11 +356,10 @@ def load(path, remedy):
 
 
 def load_state(module, path, remedy):
-    """Give the module the tensors of a state dict file in place of its own; UserError unless names and shapes fit."""
-    state_dict = load(path, remedy)
+    """The module with the tensors of a state dict file in place of its own; UserError unless names and shapes fit."""
     try:
-        module.load_state_dict(state_dict, assign=True)
-        module.float()
+        module.load_state_dict(load(path, remedy), assign=True)
+        return module.float()
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds other layers than {type(module).__name__}'s: {remedy}") from error
 
@@ -409,5 +372,5 @@ def weights_hash(model):
 
 def files_hash(dset):
     """SHA-256 of the names, sizes and times of an ImageFolder's files, in its order."""
-    stats = [(os.path.relpath(path, dset.root), os.stat(path)) for path, _ in dset.imgs]
-    return hashlib.sha256(str([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()).hexdigest()
+    files = [(os.path.relpath(path, dset.root), os.path.getsize(path), os.path.getmtime(path)) for path, _ in dset.imgs]
+    return hashlib.sha256(str(files).encode()).hexdigest()

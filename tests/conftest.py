@@ -1,5 +1,7 @@
 """What the tests share: the scripts as subprocesses and as modules, small datasets, weights, and a local web server."""
+import contextlib
 import importlib
+import io
 import os
 import shutil
 import subprocess
@@ -49,11 +51,35 @@ def run_here(name, *options):
     return variables
 
 
+def message(name, *options, one_line=True):
+    """What a user reads on stderr when a script, or a function, fails: as `run` with status 1, but in this process."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        try:
+            name() if callable(name) else run_here(name, *options)
+        except Exception as error:
+            common.report(type(error), error, error.__traceback__)
+    if one_line:
+        assert_one_line(stderr.getvalue())
+    return stderr.getvalue()
+
+
 def assert_one_line(stderr):
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), stderr
     assert lines[0].isascii()
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """The disk is full, as far as this process can tell: no file can grow beyond `size` bytes."""
+    resource = pytest.importorskip("resource", reason="this system can't limit the size of a process's files")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def make_dataset(folder, train=3, valid=2, test1=0, seed=0):

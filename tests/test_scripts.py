@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_dataset, run, run_here, script
+from conftest import ROOT, make_dataset, run_here, script
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -125,7 +125,7 @@ def test_headings_of_the_video(outputs, name):
     places = [printed.index(f"https://youtu.be/ZhC-DIrCe6A?t={second}\n") for second in minutes]
     assert places == sorted(places)
     assert printed.startswith("options: ") and "untrained" not in printed
-    assert printed.splitlines()[-1].startswith("Done. Next: ")
+    assert printed.splitlines()[-1].startswith("Done. Next, with the same options: " if name != "05_analysis.py" else "Done. Next: ")
 
 
 def test_what_the_lecture_prints(outputs):
@@ -164,8 +164,11 @@ def test_python_i_leaves_the_lectures_names(torch_home, dataset, tmp_path):
     assert "ZeroDivisionError" in done.stderr
 
 
-def test_help_is_a_manual_with_an_example():
-    printed = run("04_precompute.py", "--help").stdout
+def test_help_is_a_manual_with_an_example(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_here("04_precompute.py", "--help")
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
     for text in ("python 04_precompute.py --sample", "04_head.pt", "common options", "--layer {conv,fc7}", "default: 50"):
         assert text in printed
     for name in SCRIPTS:  # --help begins with the docstring
@@ -173,7 +176,7 @@ def test_help_is_a_manual_with_an_example():
         assert f"python {name} --sample" in doc and "https://youtu.be/ZhC-DIrCe6A?t=" in doc
 
 
-@pytest.mark.parametrize("options", [["--epochs", "0"], ["--device", "gpu"]])
+@pytest.mark.parametrize("options", [["--epochs", "0"], ["--epochs", "two"], ["--seed", "-1"], ["--device", "gpu"]])
 def test_wrong_options_end_with_2(options, capsys):
     with pytest.raises(SystemExit) as ended:
         run_here("03_finetune_head.py", "--sample", *options)
@@ -188,7 +191,7 @@ def test_untrained_weights_are_marked(torch_home, tmp_path, capsys):
         more = ["--epochs", 1] if name[:2] in ("03", "04") else []
         run_here(name, *options[:-2 if name[:2] == "05" else None], *more)
         lines = capsys.readouterr().out.splitlines()
-        assert lines[-1].startswith("Done, untrained weights. Next: ")
+        assert lines[-1].startswith("Done, untrained weights. Next")
         if name[:2] != "05":
             assert any("NOTICE: untrained weights" in line for line in lines)
         if name[:2] in ("03", "04"):
