@@ -153,6 +153,8 @@ def get_dataset(data_dir, kaggle):
     if data_dir.is_file() or (data_dir.exists() and any(data_dir.iterdir())):
         if kaggle:
             raise UserError(f"--from-kaggle: {data_dir} is not empty, and the two must not mix; move it away")
+        if not all((data_dir / x).is_dir() for x in ["train", "valid"]):
+            raise UserError(f"{data_dir}: lacks train or valid; move what is there away, and run this again")
         return
     archive, folder = data_dir.parent / "dogscats.tgz", data_dir.with_name(data_dir.name + ".part")
     try:

@@ -11,7 +11,7 @@ probs_try.npy and 02_predictions.png; 02_zero_shot.json and 02_zero_shot.png; 02
 """
 from pathlib import Path
 
-from common import (CLASSES, IMAGENET, banner, check_dataset, choose_weights, files_hash, get_device,
+from common import (CLASSES, IMAGENET, UserError, banner, check_dataset, choose_weights, files_hash, get_device,
                     imagenet_format, load, load_image, load_vgg16, loader_options, option_parser, parse_options,
                     progress, save, save_figure, show_images, to_device)
 import matplotlib.pyplot as plt
@@ -36,8 +36,10 @@ def cat_and_dog_sums(outputs):
 if __name__ == "__main__":
     parser = option_parser(__doc__)
     parser.add_argument("--zero-shot", action="store_true", help="measure how well it tells cats from dogs, untaught")
-    parser.add_argument("--image", nargs="+", type=Path, default=[], metavar="FILE", help="photos of your own to name")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="photos of your own, 100 at most")
     args = parse_options(parser)
+    if len(args.image) > 100:
+        parser.error("argument --image: 100 at most, for a figure to hold them")
     device = get_device(args.device, args.bf16)
     for path in args.image:
         load_image(path)  # a bad file is said now, not after all the work
@@ -59,6 +61,8 @@ if __name__ == "__main__":
     if from_01:
         print(f"the first batch: inputs_try.npy and labels_try.npy in {args.output_dir}, as 01_data.py left them")
         inputs_try, labels_try = (torch.from_numpy(np.array(load(path, "run python 01_data.py"))) for path in try_files)
+        if inputs_try.ndim != 4 or inputs_try.shape[1] != 3 or labels_try.shape != inputs_try.shape[:1]:
+            raise UserError(f"{try_files[0]} is no batch of images: run python 01_data.py")
     else:
         print(f"the first batch: taken from {args.data_dir / 'valid'}")
         inputs_try, labels_try = next(iter(DataLoader(dset_valid, batch_size=5)))
@@ -131,7 +135,7 @@ if __name__ == "__main__":
             photo.thumbnail((600, 600))
             plt.imshow(photo)
             plt.axis("off")
-            plt.title(path.name, parse_math=False)
+            plt.title(Path(path).name, parse_math=False)
             plt.subplot(len(args.image), 2, 2 * row + 2)
             plt.barh(range(5, 0, -1), vals)
             plt.yticks(range(5, 0, -1), names)

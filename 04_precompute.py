@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import time
 import warnings
 
@@ -32,25 +31,25 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from torchvision import datasets
 
 
-def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
-    """Compute the frozen layers' output for every image of dset, in its order; each batch goes to the disk as it comes,
-    so that memory does not grow with N and a run that was stopped goes on after its last whole batch. `made_from` goes
-    into a .json beside path: a later run uses the file only if nothing of it has changed.
-
-    Returns the features, (N, *row_shape) float32, memory-mapped from path, and the images per second they took.
-    """
+def made_already(path, made_from):
+    """Whether the features in path are there and were computed from `made_from`, by the .json beside them; says so."""
     record = path.with_suffix(".json")
-    if path.exists() and record.exists():
-        made = load(record, "delete it and run again")
-        changed = [key for key, value in made_from.items() if made.get(key) != value]
-        if not changed:
-            print(f"{path.name}: used again, computed from the same files, weights, transform and precision")
-            return load(path, "delete it and run again"), made["images_per_second"]
-        print(f"{path.name} was made from other {' and '.join(changed)}: computing it again")
+    if not (path.exists() and record.exists()):
+        return False
+    made = load(record, "delete it and run again")
+    changed = [key for key, value in made_from.items() if made.get(key) != value]
+    print(f"{path.name} was made from other {' and '.join(changed)}: computing it again" if changed else
+          f"{path.name}: used again, computed from the same files, weights, transform and precision")
+    return not changed
 
+
+def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
+    """Compute the frozen layers' output for every image of dset, in its order. Each batch goes to the disk as it comes:
+    memory does not grow with N, and a run that was stopped goes on after its last whole batch. `made_from` goes into a
+    .json beside path, with "images_per_second". Leaves (N, *row_shape) float32 in path."""
     # the part file's name tells what it is made from, so that rows of two kinds never mix
     digest = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
-    part = path.with_suffix(f".{digest}.part")
+    part, record = path.with_suffix(f".{digest}.part"), path.with_suffix(".json")
     batch_size = 8 if device.type == "cpu" else 64  # on a CPU more is slower, and takes more memory
     row_bytes = 4 * math.prod(row_shape)
     try:
@@ -68,9 +67,6 @@ def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
             file.seek(0, os.SEEK_END)
             if done:
                 print(f"{path.name}: going on after the first {done:,} of {len(dset):,} images")
-            needed, free = (len(dset) - done) * row_bytes, shutil.disk_usage(path.parent).free
-            if needed > free:
-                raise UserError(f"{path}: {needed:,} bytes are needed, {free:,} are free; make room and run again")
 
             loader = DataLoader(Subset(dset, range(done, len(dset))), batch_size=batch_size, **options)
             dtype = next(frozen.parameters()).dtype
@@ -90,7 +86,6 @@ def preconvfeat(frozen, dset, path, made_from, row_shape, device, options):
     images_per_second = (len(dset) - done) / seconds
     save(path.parent, {record.name: {**made_from, "images_per_second": images_per_second}})
     print(f"saved {path}: {len(dset) - done:,} images computed in {seconds:.1f} s, {images_per_second:.1f} images/s")
-    return load(path, "run again"), images_per_second
 
 
 def feature_loader(features, labels, batch_size, shuffle):
@@ -163,14 +158,15 @@ if __name__ == "__main__":
         x_try = frozen(inputs_try.to(device, frozen_dtype))
     print(f"features of the first batch, x_try.shape: {tuple(x_try.shape)}")  # (5, 512, 7, 7) or (5, 4096)
 
-    made_from = {x: {"layer": args.layer, "files": files_sha256[x], "weights": weights_sha256,
-                     "transform": str(imagenet_format), "precision": f"{frozen_dtype} on {device.type}"}
-                 for x in ["train", "valid"]}
     paths = {x: args.output_dir / f"{args.layer}_feat_{x}.npy" for x in ["train", "valid"]}
-    conv_feat_train, images_per_second = preconvfeat(
-        frozen, dsets["train"], paths["train"], made_from["train"], x_try.shape[1:], device, options)
-    conv_feat_valid, _ = preconvfeat(
-        frozen, dsets["valid"], paths["valid"], made_from["valid"], x_try.shape[1:], device, options)
+    for x in ["train", "valid"]:
+        made_from = {"layer": args.layer, "files": files_sha256[x], "weights": weights_sha256,
+                     "transform": str(imagenet_format), "precision": f"{frozen_dtype} on {device.type}"}
+        if not made_already(paths[x], made_from):
+            preconvfeat(frozen, dsets[x], paths[x], made_from, x_try.shape[1:], device, options)
+        if load(paths[x], "delete it and run again").shape != (dset_sizes[x], *x_try.shape[1:]):
+            raise UserError(f"{paths[x]} has another shape than it should: delete it and run again")
+    conv_feat_train, conv_feat_valid = (load(paths[x], "run again") for x in ["train", "valid"])
     labels_train, labels_valid = (np.array(dsets[x].targets) for x in ["train", "valid"])  # (N,), (M,)
     save(args.output_dir, {"labels_train.npy": labels_train, "labels_valid.npy": labels_valid})
     print("conv_feat_train.shape:", conv_feat_train.shape)  # (N, 512, 7, 7) or (N, 4096)
@@ -203,8 +199,7 @@ if __name__ == "__main__":
             "options": vars(args), "device": str(device),
             "weights": args.weights, "pretrained": args.weights != "untrained", "weights_sha256": weights_sha256,
             "dataset": args.data_dir, "dataset_sizes": dset_sizes, "files_sha256": files_sha256,
-            "from_03_head": from_03, "precompute_images_per_second": images_per_second,
-            "train_seconds": train_seconds, "seconds_per_epoch": train_seconds / args.epochs,
+            "from_03_head": from_03, "train_seconds": train_seconds, "seconds_per_epoch": train_seconds / args.epochs,
             "train_loss": [loss for loss, _ in history], "train_accuracy": [accuracy for _, accuracy in history],
             "valid_loss": valid_loss, "valid_accuracy": valid_accuracy,
         },
@@ -212,7 +207,7 @@ if __name__ == "__main__":
 
     # What precomputing saves.
     seconds = {"on features": train_seconds / args.epochs}
-    once = dset_sizes["train"] / images_per_second
+    once = dset_sizes["train"] / load(paths["train"].with_suffix(".json"), "run again")["images_per_second"]
     print(f"\ntraining, per epoch on features: {seconds['on features']:.2f} s; computing them once: {once:.1f} s")
     if from_03 and (metrics_03["device"], metrics_03["options"]["bf16"]) == (str(device), args.bf16):
         seconds["on images"] = metrics_03["seconds_per_epoch"]
@@ -227,8 +222,8 @@ if __name__ == "__main__":
     idx = np.unique(np.linspace(0, dset_sizes["valid"] - 1, 8).astype(int))  # of both classes
     titles = [f"{dset_classes[all_classes[x]]}\npredicted {dset_classes[predictions[x]]}, {all_proba[x].max():.3f}"
               for x in idx]
-    images = [dsets["valid"][x][0] for x in idx]
-    show_images(images, titles, f"Validation images: true class, prediction and its probability{note}")
+    show_images([dsets["valid"][x][0] for x in idx], titles,
+                f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "04_valid_batch.png", args.show)
 
     print(f"\nDone{note}. Next, with the same options: python 05_analysis.py")

@@ -62,10 +62,12 @@ def load_trained(step, metrics, args, device):
 if __name__ == "__main__":
     parser = option_parser(__doc__)
     parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 where it has run, else 03)")
-    parser.add_argument("--n-view", type=int, default=8, metavar="N", help="images a view (default: 8)")
-    parser.add_argument("--image", nargs="+", type=Path, default=[], metavar="FILE", help="photos of your own to judge")
+    parser.add_argument("--n-view", type=int, default=8, metavar="N", help="images a view, 100 at most (default: 8)")
+    parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="photos of your own, 100 at most")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
     args = parse_options(parser)
+    if len(args.image) > 100:
+        parser.error("argument --image: 100 at most, for a figure to hold them")
     device = get_device(args.device, args.bf16)
     for path in args.image:
         load_image(path)  # a bad file is said now, not after all the work
@@ -146,6 +148,7 @@ if __name__ == "__main__":
     plt.hist([all_proba[all_classes == k, 1] for k in [0, 1]], bins=20, range=(0, 1), label=CLASSES)
     plt.axvline(0.5, color="grey", linestyle="--")
     plt.yscale("symlog")
+    plt.gca().yaxis.set_major_formatter("{x:.0f}")
     plt.xlabel("predicted probability of dog")
     plt.ylabel("validation images (log scale)")
     plt.title(f"Probability of dog by true class (step {step}{note})")
@@ -188,7 +191,7 @@ if __name__ == "__main__":
             photo.thumbnail((600, 600))
             plt.imshow(photo)
             plt.axis("off")
-            plt.title(path.name, parse_math=False)
+            plt.title(Path(path).name, parse_math=False)
             plt.subplot(len(args.image), 2, 2 * row + 2)
             plt.barh(CLASSES, proba)
             plt.xlim(0, 1)

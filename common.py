@@ -1,7 +1,4 @@
-"""What the five scripts share: options, images, VGG16 and its head, the train and test loops, files.
-
-Nothing here runs on its own. Open it when a script calls a function that you want to look inside.
-"""
+"""What the five scripts share: options, images, VGG16 and its head, the train and test loops, files."""
 import argparse
 import hashlib
 import io
@@ -66,9 +63,14 @@ imagenet_format = transforms.Compose([
 
 socket.setdefaulttimeout(30)  # seconds; torch.hub sets none, and a server that stalls would hang it for ever
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "Detected pickle protocol")  # of a file that torch.load goes on to refuse
 
 
 # ------------------------------------------------------------------------------------------------ options and output
+LIMITS = {"seed": (0, 2**63 - 1), "num_workers": (0, 256), "epochs": (1, 1_000_000), "lr": (0, 1_000),
+          "batch_size": (1, 1_000_000), "n_view": (1, 100)}
+
+
 def option_parser(doc, network=True):
     """The options of every script; with `network`, also those of the scripts that run VGG16."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,15 +92,15 @@ def option_parser(doc, network=True):
 def parse_options(parser):
     """Parse the command line, find the folders and print the options in force; returns argparse's namespace."""
     args = parser.parse_args()
-    for name, value in vars(args).items():
-        least = 1 if name in ("epochs", "batch_size", "n_view") else 0
-        if isinstance(value, int | float) and not least <= value < 2**63:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is too small or too large")
+    for name, (least, most) in LIMITS.items():
+        if getattr(args, name, None) is not None and not least <= getattr(args, name) <= most:
+            parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is not from {least} to {most}")
     args.output_dir = args.output_dir or HERE / "outputs" / ("sample" if args.sample else "full")
     args.data_dir = args.data_dir or HERE / "data" / "dogscats"
     if args.sample:
         args.data_dir = args.data_dir / "sample" if (args.data_dir / "sample").is_dir() else HERE / "sample"
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the console can't print
+    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the console can't print
     if not args.show:
         plt.switch_backend("Agg")  # draws without a display
     print("options:", *(f"{name}={value}" for name, value in vars(args).items() if value is not None))
@@ -109,7 +111,7 @@ def banner(heading, seconds, pause=False):
     """Print a heading of the lecture and where in the video its part begins; wait for Enter if `pause`."""
     video = f"video from {timedelta(seconds=seconds)}, https://youtu.be/ZhC-DIrCe6A?t={seconds}"
     print(f"\n{'=' * 80}\n{heading}\n  {video}\n{'=' * 80}")
-    if pause and sys.stdin.isatty():
+    if pause and sys.stdin and sys.stdin.isatty():
         print("press Enter to go on ", end="", flush=True)
         sys.stdin.readline()
 
@@ -125,10 +127,10 @@ def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
         if seconds >= due:
             left = timedelta(seconds=round(seconds / i * (total - i)))
             text = f"  {i / total:4.0%}, {done:,.0f} {unit}, {done / seconds:,.1f} {unit}/s, {left} left"
-            print(f"{text:<79}", end=end, file=sys.stderr, flush=True)
+            print(f"{text:<59}", end=end, file=sys.stderr, flush=True)
             due = seconds + 0.2 if end == "\r" else 2 * seconds
     if end == "\r":
-        print(" " * 79, end="\r", file=sys.stderr, flush=True)
+        print(" " * 59, end="\r", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ images
@@ -140,14 +142,13 @@ def load_image(path):
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: not a whole picture ({error}); replace or remove it") from error
+        raise UserError(f"{path}: can't be read as a picture ({error}); replace or remove it") from error
 
 
 def imshow(image, title=None):
     """Show a normalized image, a (3, H, W) tensor, or a PIL image as it is, on the current axes."""
     if isinstance(image, torch.Tensor):
-        image = image.numpy().transpose((1, 2, 0))  # (H, W, 3)
-        image = np.clip(np.array(STD) * image + np.array(MEAN), 0, 1)
+        image = np.clip(np.array(STD) * image.numpy().transpose((1, 2, 0)) + np.array(MEAN), 0, 1)  # (H, W, 3)
     plt.imshow(image)
     plt.axis("off")
     plt.title(title or "", fontsize="medium", parse_math=False)
@@ -168,13 +169,11 @@ def check_dataset(data_dir):
     """UserError unless train and valid each hold just cats and dogs, none empty. Decodes no image."""
     for folder in (data_dir / "train", data_dir / "valid"):
         if not folder.is_dir():
-            raise UserError(f"{folder} is missing: use --sample, or move what is left of {data_dir} away, if anything, "
-                            "and run python 01_data.py")
+            raise UserError(f"{folder} is missing: run python 01_data.py first, or use --sample")
         counts = {entry.name: sum(map(datasets.folder.is_image_file, os.listdir(entry)))
                   for entry in os.scandir(folder) if entry.is_dir()}
         if sorted(counts) != CLASSES or 0 in counts.values():  # ImageFolder makes any folder a class, and shifts labels
-            raise UserError(f"{folder}: holds images {counts}, an unexpected, a missing or an empty class: there must "
-                            f"be {CLASSES}")
+            raise UserError(f"{folder}: an unexpected, missing or empty class: must hold {CLASSES}, does hold {counts}")
 
 
 def loader_options(n_images, num_workers, device):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,8 +129,13 @@ def outputs(torch_home, tmp_path_factory):
     photo = ROOT / "sample" / "valid" / "dogs" / "dog.8.jpg"
     options = {"01_data.py": [], "02_vgg_imagenet.py": ["--zero-shot", "--image", photo], "03_finetune_head.py": [],
                "04_precompute.py": ["--epochs", 3], "05_analysis.py": ["--image", photo]}
-    printed = {name: run(name, "--sample", "--output-dir", folder, *more).stdout for name, more in options.items()}
-    return folder, printed
+
+    def run_all(names):
+        return {name: run(name, "--sample", "--output-dir", folder, *options[name]).stdout for name in names}
+
+    with ThreadPoolExecutor() as pool:  # 01 and 02 beside 03 and 04, which don't need them
+        first, second = pool.map(run_all, [("01_data.py", "02_vgg_imagenet.py"), ("03_finetune_head.py", "04_precompute.py")])
+    return folder, {**first, **second, **run_all(["05_analysis.py"])}
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_photos_of_ones_own(outputs, vgg, vgg_file):
 def test_a_photo_that_is_no_image(dataset, tmp_path):
     (tmp_path / "notes.jpg").write_text("no image")
     good = ROOT / "sample" / "valid" / "dogs" / "dog.8.jpg"
-    with pytest.raises(common.UserError, match=r"notes\.jpg: not a whole picture"):
+    with pytest.raises(common.UserError, match=r"notes\.jpg: can't be read as a picture"):
         run_here("02_vgg_imagenet.py", "--sample", "--image", good, tmp_path / "notes.jpg")
 
 

@@ -88,6 +88,14 @@ def test_gives_the_lectures_numbers(outputs, vgg_file, step):
     assert np.abs(np.load(folder / f"{step}_all_proba.npy") - proba).max() < 1e-4
 
 
+def test_the_same_seed_gives_the_same_results(outputs, tmp_path, monkeypatch):
+    """To the last bit, from whatever folder, with worker processes or without."""
+    monkeypatch.chdir(tmp_path)
+    run_here("03_finetune_head.py", "--sample", "--output-dir", "here", "--num-workers", 1)
+    for name in ("03_head.pt", "03_all_proba.npy", "03_predictions.npy"):
+        assert (tmp_path / "here" / name).read_bytes() == (outputs[0] / name).read_bytes()
+
+
 def test_first_batch_and_its_probabilities(outputs, vgg_file):
     dset = datasets.ImageFolder(ROOT / "sample" / "valid", common.imagenet_format)
     inputs = torch.stack([dset[i][0] for i in range(5)])
