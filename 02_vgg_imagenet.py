@@ -12,7 +12,7 @@ probs_try.npy and 02_predictions.png; 02_zero_shot.json and 02_zero_shot.png; 02
 from pathlib import Path
 
 from common import (CLASSES, IMAGENET, UserError, banner, check_dataset, choose_weights, files_hash, get_device,
-                    imagenet_format, load, load_image, load_vgg16, loader_options, option_parser, parse_options,
+                    imagenet_format, imshow, load, load_image, load_vgg16, loader_options, option_parser, parse_options,
                     progress, save, save_figure, show_images, to_device)
 import matplotlib.pyplot as plt
 import numpy as np
@@ -133,11 +133,9 @@ if __name__ == "__main__":
             print(f"  {path}:", ", ".join(f"{name} {val:.3f}" for name, val in zip(names, vals, strict=True)))
             plt.subplot(len(args.image), 2, 2 * row + 1)
             photo.thumbnail((600, 600))
-            plt.imshow(photo)
-            plt.axis("off")
-            plt.title(Path(path).name, parse_math=False)
+            imshow(photo, Path(path).name)
             plt.subplot(len(args.image), 2, 2 * row + 2)
-            plt.barh(range(5, 0, -1), vals)
+            plt.barh(range(5, 0, -1), vals.numpy())
             plt.yticks(range(5, 0, -1), names)
             plt.xlim(0, 1)
             plt.xlabel("probability")

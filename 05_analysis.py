@@ -15,7 +15,7 @@ photos and the submission 04_head.pt. Leaves in the output folder 05_correct.png
 from pathlib import Path
 
 from common import (CLASSES, IMAGENET, UserError, banner, check_dataset, choose_weights, files_hash,
-                    freeze_and_replace_head, get_device, imagenet_format, load, load_image,
+                    freeze_and_replace_head, get_device, imagenet_format, imshow, load, load_image,
                     load_state, load_vgg16, loader_options, option_parser, parse_options, progress, save,
                     save_figure, show_images, to_device, weights_hash)
 import matplotlib.pyplot as plt
@@ -189,11 +189,9 @@ if __name__ == "__main__":
             print(f"  {path}: {CLASSES[proba.argmax()][:-1]}, probability {proba.max():.4f}{note}")
             plt.subplot(len(args.image), 2, 2 * row + 1)
             photo.thumbnail((600, 600))
-            plt.imshow(photo)
-            plt.axis("off")
-            plt.title(Path(path).name, parse_math=False)
+            imshow(photo, Path(path).name)
             plt.subplot(len(args.image), 2, 2 * row + 2)
-            plt.barh(CLASSES, proba)
+            plt.barh(CLASSES, proba.numpy())
             plt.xlim(0, 1)
             plt.xlabel("probability")
         save_figure(args.output_dir / "05_images.png", args.show)

@@ -30,7 +30,7 @@ def report(kind, error, traceback):
             raise SystemExit(130)
     elif issubclass(kind, UserError):
         # a DataLoader hands on a worker's error as a long text that ends in "common.UserError: message"
-        print("error: " + text.splitlines()[-1].removeprefix("common.UserError: "), file=sys.stderr)
+        print("error:", *text.rpartition("common.UserError: ")[2].splitlines(), file=sys.stderr)
     elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
         print("error: a worker process was killed (is memory short?): try --num-workers 0", file=sys.stderr)
     elif issubclass(kind, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text):
@@ -151,7 +151,8 @@ def imshow(image, title=None):
         image = np.clip(np.array(STD) * image.numpy().transpose((1, 2, 0)) + np.array(MEAN), 0, 1)  # (H, W, 3)
     plt.imshow(image)
     plt.axis("off")
-    plt.title(title or "", fontsize="medium", parse_math=False)
+    title = (title or "").encode(errors="backslashreplace").decode()  # a file's name may be no Unicode
+    plt.title(title, fontsize="medium", parse_math=False)
 
 
 def show_images(images, titles, heading):
@@ -233,7 +234,8 @@ def load_vgg16(weights):
         return models.vgg16()
     with torch.device("meta"):  # takes no memory or time: 138 million random numbers would only be overwritten
         model = models.vgg16()
-    return load_state(model, weights_file(weights), "delete it if it is there and run again, or give other --weights")
+    remedy = "delete it if it is there and run again" if weights == "imagenet" else "give another file to --weights"
+    return load_state(model, weights_file(weights), remedy)
 
 
 def freeze_and_replace_head(model):

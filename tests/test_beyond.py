@@ -3,11 +3,12 @@ import os
 import re
 import shutil
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_dataset, run_here, script
-from PIL import Image, ImageOps
+from PIL import Image
 from test_faults import analyse, fake_results
 
 import common
@@ -101,22 +102,28 @@ def test_kaggle_through_the_script(tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------------------- own photos
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_are_turned_upright(tmp_path, orientation):
-    """A picture that the camera stored turned or mirrored looks the same as the upright one."""
+@pytest.mark.parametrize("name", ["02_vgg_imagenet.py", "05_analysis.py"])
+def test_photos_are_turned_upright(torch_home, outputs, tmp_path, monkeypatch, name):
+    """A picture that the camera stored turned or mirrored, in all eight ways, looks the same as the upright one."""
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).resize((300, 200))
     turn = Image.Transpose  # from upright to how it is stored
     stored = {1: None, 2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM, 5: turn.TRANSPOSE,
-              6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    (upright.transpose(stored) if stored is not None else upright).save(tmp_path / "p.jpg", exif=exif, quality=95)
-    loaded = ImageOps.exif_transpose(common.load_image(tmp_path / "p.jpg"))
-    assert loaded.size == upright.size
-    assert np.abs(np.asarray(loaded, dtype=float) - np.asarray(upright, dtype=float)).mean() < 4
-    if orientation > 1:  # in the dataset they stay as they are
-        plain = np.asarray(common.load_image(tmp_path / "p.jpg").resize((300, 200)), dtype=float)
-        assert np.abs(plain - np.asarray(upright, dtype=float)).mean() > 10
+              6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}
+    paths = [tmp_path / f"{orientation}.jpg" for orientation in stored]
+    for path, (orientation, turned) in zip(paths, stored.items(), strict=True):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        (upright.transpose(turned) if turned is not None else upright).save(path, exif=exif, quality=95)
+    assert common.load_image(tmp_path / "6.jpg").size == (200, 300)  # in the dataset they stay as they are
+
+    seen, shown, transforms = [], [], common.IMAGENET.transforms()
+    monkeypatch.setattr(common.IMAGENET.value, "transforms", lambda: lambda photo: seen.append(photo.copy()) or transforms(photo))
+    monkeypatch.setattr(plt, "imshow", lambda image, **_: shown.append(image))
+    run_here(name, "--sample", "--output-dir", shutil.copytree(outputs[0], tmp_path / "out"), "--image", *paths)
+    assert len(seen) == 8
+    for photo in seen + shown[-8:]:
+        assert photo.size == upright.size
+        assert np.abs(np.asarray(photo, dtype=float) - np.asarray(upright, dtype=float)).mean() < 4
 
 
 def test_photos_of_ones_own(outputs, vgg, vgg_file):

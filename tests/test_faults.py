@@ -1,4 +1,5 @@
 """Faults 12 to 33: weights, images, results, and how a run ends. Each test is named after the fault's number."""
+import io
 import json
 import os
 import pickle
@@ -56,14 +57,14 @@ def test_14_damaged_weights(cached, vgg_file, content, monkeypatch):
     with open(vgg_file, "rb") as file:
         cached.write_bytes({"empty": b"", "truncated": file.read(2**20), "HTML": b"<html>no</html>",
                             "an object": pickle.dumps(["a list"])}[content])
-    for weights, remedy in (("imagenet", "delete it"), (str(cached), "give other --weights")):
+    for weights, remedy in (("imagenet", "delete it"), (str(cached), "give another file to --weights")):
         with pytest.raises(common.UserError, match=remedy) as caught:
             common.load_vgg16(weights)
         assert str(cached) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_14_weights_that_are_not_there(tmp_path):
-    with pytest.raises(common.UserError, match=r"none\.pth is missing: .* give other --weights"):
+    with pytest.raises(common.UserError, match=r"none\.pth is missing: give another file to --weights"):
         common.load_vgg16(str(tmp_path / "none.pth"))
 
 
@@ -129,6 +130,22 @@ def test_19_another_folder(dataset, part, name, images):
     with pytest.raises(common.UserError, match=f"an unexpected, .*'{name}': {images}") as caught:
         common.check_dataset(dataset)
     assert str(dataset / part) in str(caught.value)
+
+
+def test_18_a_name_of_two_lines_and_of_no_unicode(dataset):
+    """Such files come from old archives and other systems."""
+    path = os.fsencode(dataset / "valid" / "cats") + b"/bad\xff\nname.jpg"
+    try:
+        with open(path, "wb"):
+            pass
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    text = message("01_data.py", "--data-dir", dataset, "--output-dir", dataset / "out", "--num-workers", 1)
+    assert str(dataset / "valid" / "cats" / "bad") in text
+    plt.figure()
+    common.imshow(Image.new("RGB", (9, 9)), os.fsdecode(path))
+    plt.gcf().savefig(io.BytesIO())
+    plt.close()
 
 
 @pytest.mark.parametrize("folder", ["train/cats", "valid/dogs", "valid"])
@@ -374,6 +391,14 @@ def test_26_04_makes_them_again(torch_home, tmp_path, capsys):
     assert printed.count("was made from other precision: computing it again") == 2
     close = np.load(tmp_path / "out" / "conv_feat_train.npy")
     assert close.dtype == np.float32 and 0 < np.abs(close - feat).max() < 0.05 * np.abs(feat).max()
+    np.save(tmp_path / "out" / "conv_feat_train.npy", close[:2])
+    assert "conv_feat_train.npy has another shape than it should: delete it" in message("04_precompute.py", *options, "--bf16")
+
+
+def test_26_a_first_batch_that_is_none(torch_home, tmp_path):
+    common.save(tmp_path, {"inputs_try.npy": np.zeros((5, 224, 224)), "labels_try.npy": np.zeros(5)})
+    text = message("02_vgg_imagenet.py", "--sample", "--output-dir", tmp_path)
+    assert "inputs_try.npy is no batch of images: run python 01_data.py" in text
 
 
 def fake_results(folder, dataset, proba_dog, step="04", **metrics):
