@@ -151,7 +151,7 @@ def imshow(image, title=None):
         image = np.clip(np.array(STD) * image.numpy().transpose((1, 2, 0)) + np.array(MEAN), 0, 1)  # (H, W, 3)
     plt.imshow(image)
     plt.axis("off")
-    title = (title or "").encode(errors="backslashreplace").decode()  # a file's name may be no Unicode
+    title = str(title or "").encode(errors="backslashreplace").decode()  # a file's name may be no Unicode
     plt.title(title, fontsize="medium", parse_math=False)
 
 

@@ -54,15 +54,16 @@ def run_here(name, *options):
 
 def message(name, *options, one_line=True):
     """What a user reads on stderr when a script, or a function, fails: as `run` with status 1, but in this process."""
-    stderr = io.StringIO()
+    stderr = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace", write_through=True)
     with contextlib.redirect_stderr(stderr):
         try:
             name() if callable(name) else run_here(name, *options)
         except Exception as error:
             common.report(type(error), error, error.__traceback__)
+    text = stderr.buffer.getvalue().decode()
     if one_line:
-        assert_one_line(stderr.getvalue())
-    return stderr.getvalue()
+        assert_one_line(text)
+    return text
 
 
 def assert_one_line(stderr):

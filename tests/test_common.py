@@ -35,6 +35,8 @@ def test_imshow_undoes_the_normalization():
     shown = plt.gca().get_images()[0].get_array()
     assert np.allclose(shown, np.asarray(image) / 255, atol=1e-6)
     assert plt.gca().get_title() == "a $title"
+    common.imshow(common.imagenet_format(image), ["cats", "dogs"])  # as the lecture does
+    assert plt.gca().get_title() == "['cats', 'dogs']"
     plt.close()
 
 

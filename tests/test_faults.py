@@ -513,10 +513,12 @@ def test_31_spawn_start_method(torch_home, dataset, tmp_path):
     alone = (tmp_path / "out" / "submission.csv").read_bytes()
     (tmp_path / "out" / "submission.csv").unlink()
     spawn = ("import multiprocessing, runpy, sys; multiprocessing.set_start_method('spawn'); sys.argv = sys.argv[1:];"
+             "process = multiprocessing.process.BaseProcess; start = process.start;"
+             "process.start = lambda self: print('a worker') or start(self);"
              "runpy.run_path(sys.argv[0], run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", spawn, ROOT / "05_analysis.py", *map(str, options), "--num-workers", "1"],
                           capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("options: sample=") == 1
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("a worker") == done.stdout.count("options: sample=") == 1
     assert (tmp_path / "out" / "submission.csv").read_bytes() == alone
 
 
