@@ -17,7 +17,6 @@ from common import (CLASSES, IMAGENET, UserError, banner, check_dataset, choose_
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -42,7 +41,7 @@ if __name__ == "__main__":
         parser.error("argument --image: 100 at most, for a figure to hold them")
     device = get_device(args.device, args.bf16)
     for path in args.image:
-        load_image(path)  # a bad file is said now, not after all the work
+        load_image(path, upright=True)  # a bad file is said now, not after all the work
     try_files = [args.output_dir / "inputs_try.npy", args.output_dir / "labels_try.npy"]
     from_01 = all(path.exists() for path in try_files)
     if args.zero_shot or not from_01:
@@ -125,7 +124,7 @@ if __name__ == "__main__":
         plt.figure(figsize=(10, 3 * len(args.image)), layout="constrained")
         plt.suptitle(f"What VGG16 sees{note}")
         for row, path in enumerate(args.image):
-            photo = ImageOps.exif_transpose(load_image(path))
+            photo = load_image(path, upright=True)
             inputs = IMAGENET.transforms()(photo)[None]  # (1, 3, 224, 224)
             with torch.inference_mode():
                 vals, preds = m_softm(model_vgg(inputs.to(device, dtype)).cpu())[0].topk(5)

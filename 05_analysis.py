@@ -21,7 +21,6 @@ from common import (CLASSES, IMAGENET, UserError, banner, check_dataset, choose_
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import ImageOps
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
@@ -70,7 +69,7 @@ if __name__ == "__main__":
         parser.error("argument --image: 100 at most, for a figure to hold them")
     device = get_device(args.device, args.bf16)
     for path in args.image:
-        load_image(path)  # a bad file is said now, not after all the work
+        load_image(path, upright=True)  # a bad file is said now, not after all the work
     check_dataset(args.data_dir)
     test_paths = test_images(args.data_dir / "test1") if args.submission else []
     dset_valid = datasets.ImageFolder(args.data_dir / "valid", imagenet_format, loader=load_image)
@@ -183,7 +182,7 @@ if __name__ == "__main__":
         plt.figure(figsize=(8, 3 * len(args.image)), layout="constrained")
         plt.suptitle(f"Cat or dog? (step {step}{note})")
         for row, path in enumerate(args.image):
-            photo = ImageOps.exif_transpose(load_image(path))
+            photo = load_image(path, upright=True)
             with torch.inference_mode():
                 proba = model_vgg(IMAGENET.transforms()(photo)[None].to(device, dtype)).exp().cpu()[0]  # (2,)
             print(f"  {path}: {CLASSES[proba.argmax()][:-1]}, probability {proba.max():.4f}{note}")

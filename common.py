@@ -46,7 +46,7 @@ if multiprocessing.parent_process():  # a worker that imports this again, on mac
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision import datasets, models, transforms
 
@@ -134,10 +134,12 @@ def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
 
 
 # ------------------------------------------------------------------------------------------------------------ images
-def load_image(path):
-    """The RGB PIL image in a file; UserError where it is damaged, no picture, or so large that it may be an attack."""
+def load_image(path, upright=False):
+    """The RGB PIL image in a file, turned by its EXIF data if `upright`; UserError if damaged, no picture or huge."""
     try:
         with Image.open(path) as image:
+            if upright:
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would turn all above 255 white
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             return image.convert("RGB")

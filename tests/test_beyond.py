@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_dataset, run_here, script
+from conftest import ROOT, make_dataset, message, run_here, script
 from PIL import Image
 from test_faults import analyse, fake_results
 
@@ -143,9 +143,11 @@ def test_photos_of_ones_own(outputs, vgg, vgg_file):
 
 def test_a_photo_that_is_no_image(dataset, tmp_path):
     (tmp_path / "notes.jpg").write_text("no image")
+    Image.new("RGB", (300, 300)).save(tmp_path / "exif.jpg", exif=b"Exif\0\0damaged")
     good = ROOT / "sample" / "valid" / "dogs" / "dog.8.jpg"
-    with pytest.raises(common.UserError, match=r"notes\.jpg: can't be read as a picture"):
-        run_here("02_vgg_imagenet.py", "--sample", "--image", good, tmp_path / "notes.jpg")
+    for name in ("notes.jpg", "exif.jpg", "none.jpg"):
+        text = message("02_vgg_imagenet.py", "--sample", "--image", good, tmp_path / name)
+        assert f"{name}: can't be read as a picture" in text
 
 
 # ------------------------------------------------------------------------------------------------------------- views

@@ -158,6 +158,16 @@ def test_numbers_out_of_range_are_wrong_options(monkeypatch, capsys, text, fits)
         assert "argument --lr: " in capsys.readouterr().err
 
 
+def test_without_a_terminal(monkeypatch):
+    """IDLE's and a notebook's stdout is no real file, and there may be no stdin at all."""
+    monkeypatch.setattr(sys, "argv", ["03", "--sample"])
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stdin", None)
+    assert common.parse_options(common.option_parser("doc")).data_dir == common.HERE / "sample"
+    common.banner("a heading", 1175, pause=True)
+    assert "video from 0:19:35, https://youtu.be/ZhC-DIrCe6A?t=1175" in sys.stdout.getvalue()
+
+
 def test_sample_of_the_dataset_goes_before_the_bundled_one(monkeypatch, tmp_path):
     (tmp_path / "sample").mkdir()
     monkeypatch.setattr(sys, "argv", ["01", "--sample", "--data-dir", str(tmp_path)])
