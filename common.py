@@ -84,7 +84,8 @@ def option_parser(doc, network=True):
     add("--pause", action="store_true", help="wait for Enter at each heading of the lecture")
     if network:
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU if there is one")
-        add("--weights", default="imagenet", metavar="imagenet|untrained|FILE", help="of VGG16 (default: imagenet)")
+        add("--weights", default="imagenet", metavar="imagenet|untrained|FILE",
+            help="VGG16's weights: ImageNet's (528 MB, downloaded once), random ones, or a .pth file of yours")
         add("--bf16", action="store_true", help="frozen layers in bfloat16: faster, and the last digits change")
     return parser
 
