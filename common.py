@@ -31,6 +31,8 @@ def report(kind, error, traceback):
     elif issubclass(kind, UserError):
         # a DataLoader hands on a worker's error as a long text that ends in "common.UserError: message"
         print("error:", *text.rpartition("common.UserError: ")[2].splitlines(), file=sys.stderr)
+    elif issubclass(kind, PermissionError):
+        print(f"error: {error.filename}: permission denied; mend that, or take another folder", file=sys.stderr)
     elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
         print("error: a worker process was killed (is memory short?): try --num-workers 0", file=sys.stderr)
     elif issubclass(kind, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text):

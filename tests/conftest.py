@@ -57,7 +57,7 @@ def message(name, *options, one_line=True):
     stderr = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace", write_through=True)
     with contextlib.redirect_stderr(stderr):
         try:
-            name() if callable(name) else run_here(name, *options)
+            name(*options) if callable(name) else run_here(name, *options)
         except Exception as error:
             common.report(type(error), error, error.__traceback__)
     text = stderr.buffer.getvalue().decode()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -542,6 +543,39 @@ def test_33_no_correct_or_no_incorrect_predictions(dataset, tmp_path, capsys, pr
 
 
 # ----------------------------------------------------------------------------------------------------- beyond the list
+def raise_(error):
+    raise error
+
+
+@posix
+def test_what_may_not_be_read_or_written():
+    """As a user who is not root, for whom permissions don't count."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, root = Path(name), os.geteuid() == 0
+        folder.chmod(0o755)
+        dataset = make_dataset(folder / "data", train=1, valid=1)
+        image = dataset / "valid" / "cats" / "cat.0.jpg"
+        image.chmod(0)
+        (folder / "closed").mkdir()
+        (folder / "closed").chmod(0o444)
+        closed, errors = folder / "closed", []
+        if root:
+            os.seteuid(65534)
+        try:
+            for call in (lambda: common.load_image(image), lambda: common.save(closed, {"a.json": {}}),
+                         lambda: common.check_dataset(closed / "x")):
+                with pytest.raises((common.UserError, PermissionError)) as caught:
+                    call()
+                errors.append(caught.value)
+        finally:
+            if root:
+                os.seteuid(0)
+            closed.chmod(0o755)
+    for error, text in zip(errors, (f"{image}: can't be read as a picture", f"{closed}: can't be written (Permission denied)",
+                                    f"{closed / 'x' / 'train'}"), strict=True):
+        assert text in message(raise_, error)
+
+
 def bug(batch):
     raise RuntimeError("a bug")
 
