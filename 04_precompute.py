@@ -159,14 +159,16 @@ if __name__ == "__main__":
     print(f"features of the first batch, x_try.shape: {tuple(x_try.shape)}")  # (5, 512, 7, 7) or (5, 4096)
 
     paths = {x: args.output_dir / f"{args.layer}_feat_{x}.npy" for x in ["train", "valid"]}
+    conv_feat = {}
     for x in ["train", "valid"]:
         made_from = {"layer": args.layer, "files": files_sha256[x], "weights": weights_sha256,
                      "transform": str(imagenet_format), "precision": f"{frozen_dtype} on {device.type}"}
         if not made_already(paths[x], made_from):
             preconvfeat(frozen, dsets[x], paths[x], made_from, x_try.shape[1:], device, options)
-        if load(paths[x], "delete it and run again").shape != (dset_sizes[x], *x_try.shape[1:]):
+        conv_feat[x] = load(paths[x], "delete it and run again")
+        if conv_feat[x].shape != (dset_sizes[x], *x_try.shape[1:]):
             raise UserError(f"{paths[x]} has another shape than it should: delete it and run again")
-    conv_feat_train, conv_feat_valid = (load(paths[x], "run again") for x in ["train", "valid"])
+    conv_feat_train, conv_feat_valid = conv_feat["train"], conv_feat["valid"]  # memory-mapped, read as they are needed
     labels_train, labels_valid = (np.array(dsets[x].targets) for x in ["train", "valid"])  # (N,), (M,)
     save(args.output_dir, {"labels_train.npy": labels_train, "labels_valid.npy": labels_valid})
     print("conv_feat_train.shape:", conv_feat_train.shape)  # (N, 512, 7, 7) or (N, 4096)

@@ -80,8 +80,8 @@ if __name__ == "__main__":
         load(args.output_dir / f"{step}_{name}", f"run {command} first, with the same options")
         for name in ["metrics.json", "predictions.npy", "all_proba.npy", "all_classes.npy"])
     shapes, n_valid = (predictions.shape, all_proba.shape, all_classes.shape), len(dset_valid)
-    if metrics.get("files_sha256", {}).get("valid") != files_hash(dset_valid) or (
-            shapes != ((n_valid,), (n_valid, 2), (n_valid,))):
+    files_sha256 = files_hash(dset_valid)
+    if metrics.get("files_sha256", {}).get("valid") != files_sha256 or shapes != ((n_valid,), (n_valid, 2), (n_valid,)):
         raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made from other images than those in "
                         f"{dset_valid.root}; run {command} again")
     note = "" if metrics.get("pretrained") else ", untrained weights"
@@ -164,7 +164,7 @@ if __name__ == "__main__":
         print(f"  {CLASSES[k]} taken for {CLASSES[1 - k]}  {confusion[k, 1 - k]:,} of {confusion[k].sum():,}")
     if (args.output_dir / "02_zero_shot.json").exists():
         zero_shot = load(args.output_dir / "02_zero_shot.json", "run python 02_vgg_imagenet.py --zero-shot again")
-        if zero_shot.get("files_sha256") == {"valid": files_hash(dset_valid)}:
+        if zero_shot.get("files_sha256") == {"valid": files_sha256}:
             print(f"  zero-shot accuracy   {zero_shot['valid_accuracy']:.4f}  (02_vgg_imagenet.py --zero-shot"
                   f"{'' if zero_shot['pretrained'] else ', untrained weights'})")
 

@@ -96,8 +96,9 @@ def parse_options(parser):
     """Parse the command line, find the folders and print the options in force; returns argparse's namespace."""
     args = parser.parse_args()
     for name, (least, most) in LIMITS.items():
-        if getattr(args, name, None) is not None and not least <= getattr(args, name) <= most:
-            parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} is not from {least} to {most}")
+        value = getattr(args, name, None)
+        if value is not None and not least <= value <= most:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is not from {least} to {most}")
     args.output_dir = args.output_dir or HERE / "outputs" / ("sample" if args.sample else "full")
     args.data_dir = args.data_dir or HERE / "data" / "dogscats"
     if args.sample:

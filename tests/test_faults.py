@@ -504,10 +504,9 @@ def test_30_ctrl_c_keeps_the_part_file(torch_home, dataset, tmp_path):
     assert part.stat().st_size > 8 * 512 * 49 * 4
 
 
-def test_31_spawn_start_method(torch_home, dataset, tmp_path):
+def test_31_spawn_start_method(torch_home, tmp_path):
     """As on macOS and Windows: a worker imports the script, finds its functions, and doesn't run it."""
-    (dataset / "test1").mkdir()
-    shutil.copy(dataset / "valid" / "dogs" / "dog.0.jpg", dataset / "test1" / "1.jpg")
+    dataset = make_dataset(tmp_path / "data set", train=1, valid=2, test1=1)
     fake_results(tmp_path / "out", dataset, [0.1, 0.2, 0.7, 0.4], weights_sha256=common.weights_hash(common.load_vgg16("imagenet")))
     options = ["--data-dir", dataset, "--output-dir", tmp_path / "out", "--submission"]
     run_here("05_analysis.py", *options, "--num-workers", 0)
