@@ -24,15 +24,17 @@ import urllib.request
 import zlib
 from pathlib import Path, PurePosixPath
 
-from common import (CLASSES, UserError, banner, check_dataset, get_device, imagenet_format, imshow, load_image,
-                    loader_options, option_parser, parse_options, progress, save, save_figure)
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torchvision
-from torch.utils.data import DataLoader
-from torchvision import datasets
+from torch import nn
+from torchvision import datasets, models, transforms
 
-# ----------------------------------- getting the files; the lecture's own steps begin at "if __name__", further below
+from common import (CLASSES, MEAN, STD, UserError, banner, check_dataset, imshow, limit_images, load_image,
+                    loader_options, option_parser, parse_options, progress, save, save_figure)
+
+# region How the files are got: one call below, get_dataset(). The lecture begins at the first "# %%"; an editor folds this.
 URLS = ["https://s3.amazonaws.com/fast-ai-sample/dogscats.tgz",
         "http://files.fast.ai/data/examples/dogscats.tgz"]  # the lecture's link, to the same file
 SIZE = 839_285_364  # bytes of the archive
@@ -115,8 +117,9 @@ def unpack(archive, folder):
             while stream.read(MIB):  # on to the end, where gzip checks its sum
                 pass
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        archive.unlink()
-        raise UserError(f"{archive}: was damaged ({error}), and is removed; run this again to download it") from error
+        raise UserError(f"{archive}: is no whole dataset ({error}); delete it, or move it away if you need it, and run "
+                        "this again") from error
+    return COUNTS
 
 
 def from_kaggle(source, folder):
@@ -140,10 +143,11 @@ def from_kaggle(source, folder):
     for name, images in places.items():
         (folder / name).mkdir(parents=True)
         for image in images:
+            original = image.resolve(strict=True)  # of a link the file: a hard link to a relative link leads nowhere
             try:
-                os.link(image, folder / name / image.name)
+                os.link(original, folder / name / image.name)
             except OSError:  # another file system, or one without hard links
-                shutil.copyfile(image, folder / name / image.name)
+                shutil.copyfile(original, folder / name / image.name)
     return {name: len(images) for name, images in places.items()}
 
 
@@ -156,17 +160,13 @@ def get_dataset(data_dir, kaggle):
         if not all((data_dir / x).is_dir() for x in ["train", "valid"]):
             raise UserError(f"{data_dir}: lacks train or valid; move what is there away, and run this again")
         return
-    archive, folder = data_dir.parent / "dogscats.tgz", data_dir.with_name(data_dir.name + ".part")
+    archive, folder = data_dir.parent / "dogscats.tgz", data_dir.parent / ".01_data-unpacks-here"
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    if not kaggle and not archive.exists():
+        download(archive)
     try:
-        data_dir.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
-        if kaggle:
-            counts = from_kaggle(kaggle, folder)
-        else:
-            if not archive.exists():
-                download(archive)
-            unpack(archive, folder)
-            counts = COUNTS
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed: no other program has this name
+        counts = from_kaggle(kaggle, folder) if kaggle else unpack(archive, folder)
         for name, count in counts.items():
             found = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
             if found != count:
@@ -175,11 +175,12 @@ def get_dataset(data_dir, kaggle):
             data_dir.rmdir()  # empty
         os.replace(folder, data_dir)
     except OSError as error:
-        raise UserError(f"{data_dir}: can't be made ({error.strerror}); about {UNPACKED:,} bytes are needed; make room "
-                        "and run this again, or choose another --data-dir") from error
+        raise UserError(f"{error.filename or data_dir}: {error.strerror}; {data_dir} can't be made. About {UNPACKED:,} "
+                        "bytes of room are needed; mend it and run this again, or choose another --data-dir") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"made {data_dir}" + ("" if kaggle else f"; {archive} is not needed any more, you may delete it"))
+# endregion
 
 
 if __name__ == "__main__":
@@ -189,62 +190,89 @@ if __name__ == "__main__":
     if args.sample and args.from_kaggle:
         parser.error("--from-kaggle makes the whole dataset: leave out --sample")
 
+# %% Using CNN for dogs vs cats
     banner("Using CNN for dogs vs cats", 1175, args.pause)
+    # The whole lecture in a sentence: take a network that others have trained on other photos, and reuse it.
     print("25,000 photos of cats and dogs with labels to learn from, 12,500 without to predict, for Kaggle's\n"
           "competition Dogs vs Cats. At the end of 2013 the state of the art was said to be 80 % of them right.")
 
-    banner("Imports", 1175, args.pause)
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {sys.version}")
-    device = get_device("auto")
-    print(f"Using gpu: {device.type != 'cpu'} ({device})")
+# %% Imports
+    banner("Imports")
+    print("torch", torch.__version__)
+    print("Python", sys.version)
+    # Without a GPU: --sample (seconds), some of the photos (--limit 1000: minutes), or an hour and more for all of them.
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    print("Using gpu:", device.type != "cpu")
 
-    banner("Downloading the data", 1175, args.pause)
+# %% Downloading the data
+    banner("Downloading the data")
+    # Kaggle's files come in one heap. Jeremy Howard (fast.ai) has sorted them into cats and dogs, and put some aside to
+    # validate: 23,000 of the 25,000 with labels are for training, 2,000 for validation; test1 holds 12,500 without.
+    # 24 images, the sample, only show that the code runs: expect to be right in about one half of the cases.
     if not args.sample:
         get_dataset(args.data_dir.resolve(), args.from_kaggle)
     check_dataset(args.data_dir)
-    print(args.data_dir)
+    data_dir = args.data_dir
+    print(data_dir)
     for name in COUNTS:
-        if (args.data_dir / name).is_dir():
-            n_images = sum(datasets.folder.is_image_file(file) for file in os.listdir(args.data_dir / name))
+        if (data_dir / name).is_dir():
+            n_images = sum(datasets.folder.is_image_file(file) for file in os.listdir(data_dir / name))
             print(f"  {name:<20} {n_images:6,} images")
 
+# %% Data processing
     banner("Data processing", 1550, args.pause)
-    data_dir = args.data_dir
-    # All images get the size 224 x 224, and the colours the scale that VGG16 was trained with.
-    print(f"imagenet_format: {imagenet_format}")
+    # Every network of torchvision expects what it was trained with: pixels in [0, 1], less the mean of ImageNet's and
+    # divided by their standard deviation, at least 224 of them wide and high.
+    normalize = transforms.Normalize(mean=MEAN, std=STD)
+    # Compose runs its steps in order. Random flips, crops or jitter of the colours would go here.
+    # The later scripts take the same steps from common.py: what you change here, change there too.
+    imagenet_format = transforms.Compose([
+        transforms.CenterCrop(224),
+        transforms.ToTensor(),
+        normalize,
+    ])
+    print(imagenet_format)  # typed at the prompt, its name alone shows the steps again
+
+    # ImageFolder pairs each file with a label. At the prompt help(datasets.ImageFolder) tells what it offers.
     dsets = {x: datasets.ImageFolder(data_dir / x, imagenet_format, loader=load_image) for x in ["train", "valid"]}
-    print("\nclasses, the names of the folders:", dsets["train"].classes)
-    print("class_to_idx, their labels:", dsets["train"].class_to_idx)
+    if args.limit:
+        limit_images(dsets, args.limit)
+    # The names of the folders become the names of the classes: that is why the layout matters.
+    print("\nclasses:", dsets["train"].classes)
+    print("class_to_idx:", dsets["train"].class_to_idx)
     print("the first 5 of imgs, (file, label):", *dsets["train"].imgs[:5], sep="\n  ")
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
     print("dset_sizes:", dset_sizes)
     dset_classes = dsets["train"].classes
 
-    # The images come in batches: shuffled to train, in their order to validate.
+    # A DataLoader reads the images, in worker processes, and stacks them into batches: shuffled to train, in their
+    # order to validate.
     options = loader_options(dset_sizes["train"], args.num_workers, device)
     torch.manual_seed(args.seed)
-    loader_train = DataLoader(dsets["train"], batch_size=64, shuffle=True, **options)
-    loader_valid = DataLoader(dsets["valid"], batch_size=5, shuffle=False, **options)
-    print(f"\nbatches of loader_valid: {len(loader_valid)}, of 5 images each")
+    loader_train = torch.utils.data.DataLoader(dsets["train"], batch_size=64, shuffle=True, **options)
+    loader_valid = torch.utils.data.DataLoader(dsets["valid"], batch_size=5, shuffle=False, **options)
+
+    # Before you read on: what does next(iter(loader_valid)) give, and how many times could you ask for one more?
     inputs_try, labels_try = next(iter(loader_valid))
-    print("labels_try of the first one:", labels_try)
+    print("\nbatches in loader_valid:", len(loader_valid))
+    print("labels_try, of the first one:", labels_try)
     print("inputs_try.shape:", tuple(inputs_try.shape))  # (5, 3, 224, 224)
 
+    # An image is a block of numbers: (colour, row, column); a batch puts (image) before them. What is darker than
+    # ImageNet's mean is negative.
     print("\nWhat is an image for your computer? inputs_try[0]:", inputs_try[0], sep="\n")
-    print(f"from {inputs_try[0].min():.3f} to {inputs_try[0].max():.3f}: normalizing takes the mean away, so what is "
-          "darker than the mean is negative")
 
-    # A grid from the first batch of the validation data
+    # Make a grid from the first batch of the validation data
     out = torchvision.utils.make_grid(inputs_try)
-    plt.figure(figsize=(10, 2.8), layout="constrained")
+    plt.figure(figsize=(10, 2.4), layout="constrained")
     imshow(out, title=[dset_classes[x] for x in labels_try])
     save_figure(args.output_dir / "01_valid_batch.png", args.show)
 
-    # A grid from a batch of the training data
+    # Get a batch of training data, and make a grid from it
     inputs, classes = next(iter(loader_train))
     n_images = 8
     out = torchvision.utils.make_grid(inputs[:n_images])
-    plt.figure(figsize=(14, 2.6), layout="constrained")
+    plt.figure(figsize=(14, 2.2), layout="constrained")
     imshow(out, title=[dset_classes[x] for x in classes[:n_images]])
     save_figure(args.output_dir / "01_train_batch.png", args.show)
 
