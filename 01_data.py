@@ -34,7 +34,7 @@ from torchvision import datasets, models, transforms
 from common import (CLASSES, MEAN, STD, UserError, banner, check_dataset, imshow, limit_images, load_image,
                     loader_options, option_parser, parse_options, progress, save, save_figure)
 
-# region How the files are got: one call below, get_dataset(). The lecture begins at the first "# %%"; an editor folds this.
+# region How the files are got, all behind get_dataset(); an editor folds it away. The lecture begins at "# %%" below.
 URLS = ["https://s3.amazonaws.com/fast-ai-sample/dogscats.tgz",
         "http://files.fast.ai/data/examples/dogscats.tgz"]  # the lecture's link, to the same file
 SIZE = 839_285_364  # bytes of the archive
@@ -200,8 +200,9 @@ if __name__ == "__main__":
     banner("Imports")
     print("torch", torch.__version__)
     print("Python", sys.version)
-    # Without a GPU: --sample (seconds), some of the photos (--limit 1000: minutes), or an hour and more for all of them.
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    # Without a GPU take --sample (seconds) or some of the photos (--limit 1000: minutes), or expect hours for all.
+    gpu = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    device = torch.device(gpu or "cpu")
     print("Using gpu:", device.type != "cpu")
 
 # %% Downloading the data

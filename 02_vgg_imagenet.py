@@ -26,7 +26,7 @@ CATS, DOGS = slice(281, 286), slice(151, 269)
 
 @torch.inference_mode()
 def zero_shot(args, model, device, loader_valid, images, note):
-    """Beyond the lecture: how well does VGG16 tell cats from dogs with no training? Saves 02_zero_shot.json and .png."""
+    """Beyond the lecture: how well does VGG16 tell cats from dogs untaught? Leaves 02_zero_shot.json and .png."""
     print("\nBeyond the lecture: zero-shot. The sum of the probabilities of ImageNet's 118 kinds of dogs against\n"
           "that of its 5 kinds of cats; nothing is trained.")
     dset, sums = loader_valid.dataset, []
@@ -39,8 +39,8 @@ def zero_shot(args, model, device, loader_valid, images, note):
     outside = 1 - sums.sum(axis=1).mean()
     confusion = [[int(np.sum((all_classes == true) & (predictions == pred))) for pred in [0, 1]] for true in [0, 1]]
     print(f"accuracy {accuracy:.4f} on {len(all_classes):,} validation images{note}")
-    for true, name in enumerate(["cats", "dogs"]):
-        print(f"of {sum(confusion[true]):,} {name}: {confusion[true][0]:,} taken for cats, {confusion[true][1]:,} for dogs")
+    for name, counts in zip(dset.classes, confusion, strict=True):
+        print(f"of {sum(counts):,} {name}: {counts[0]:,} taken for cats, {counts[1]:,} for dogs")
     print(f"share of the probability given to neither: {outside:.4f} on average")
 
     # The worst first: where the wrong animal's sum is most above the true one's.
@@ -48,18 +48,17 @@ def zero_shot(args, model, device, loader_valid, images, note):
     worst = [i for i in np.argsort(-lead, kind="stable")[:8] if predictions[i] != all_classes[i]]
     paths = [dset.imgs[i][0] for i in worst]
     show_predictions([load_image(path) for path in paths], paths, all_classes[worst], sums[worst],
-                     f"Zero-shot: most wrong{note}")
+                     f"Zero-shot, most wrong: the summed probability of what it was taken for{note}")
     save_figure(args.output_dir / "02_zero_shot.png", args.show)
     save(args.output_dir, {"02_zero_shot.json": {
-        "options": vars(args), "pretrained": not note, "made_from": made_from(images, model), "valid_accuracy": accuracy,
-        "confusion": confusion, "outside": outside}})
+        "options": vars(args), "pretrained": args.weights != "untrained", "made_from": made_from(images, model),
+        "valid_accuracy": accuracy, "confusion": confusion, "outside": outside}})
 
 
 if __name__ == "__main__":
     parser = option_parser(__doc__)
     parser.add_argument("--zero-shot", action="store_true", help="measure how well it tells cats from dogs, untaught")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="photos of your own, 100 "
-                        "at most")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="photos of your own")
     args = parse_options(parser)
     if len(args.image) > 100:
         parser.error("argument --image: 100 at most, for a figure to hold them")
@@ -71,8 +70,8 @@ if __name__ == "__main__":
 
 # %% Creating VGG Model
     banner("Creating VGG Model", 2451, args.pause)
-    # ImageNet: 1.2 million photos of 1,000 classes. The weights learned from them are downloaded the first time and read
-    # from the disk from then on; as models.vgg16(weights="DEFAULT"), and a download that fails says what to do.
+    # ImageNet: 1.2 million photos of 1,000 classes. The weights learned from them are downloaded once, and read from
+    # the disk after that. It is models.vgg16(weights="DEFAULT"), but says what to do where the weights can't be had.
     model_vgg = load_vgg16(args.weights)
     dic_imagenet = IMAGENET.meta["categories"]
     print("the first of 1,000 categories, dic_imagenet[:4]:", dic_imagenet[:4])

@@ -37,8 +37,8 @@ if __name__ == "__main__":
     model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py
     print(model_vgg)
 
-    # Convolutions look for small patterns, each in its own place. Pooling halves the picture, so that small shifts matter
-    # less. Dense layers (Linear) combine what was found all over it.
+    # Convolutions look for small patterns, each in its own place. Pooling halves the picture, so that small shifts
+    # matter less. Dense layers (Linear) combine what was found all over it.
     print("\nthe size of one image after each block, and how many numbers the block has learned:")
     x, block, n_params = torch.zeros(1, 3, 224, 224), 0, 0
     with torch.inference_mode():
@@ -90,7 +90,8 @@ if __name__ == "__main__":
     # The proof: what of VGG16 is another number now?
     changed = {name: int((value != before[name]).sum()) for name, value in model_vgg.state_dict().items()}
     n_changed_new = changed.pop("classifier.6.weight") + changed.pop("classifier.6.bias")
-    print(f"changed: {sum(changed.values())} of the {n_frozen:,} frozen numbers, {n_changed_new:,} of the {n_trainable:,} new")
+    print(f"changed: {sum(changed.values()):,} of the {n_frozen:,} frozen numbers, "
+          f"{n_changed_new:,} of the {n_trainable:,} new ones")
     metrics = save_head(args, "03", model_vgg, made_from(images, model_vgg), history)
 
     print(f"\nthe test on {dset_sizes['valid']:,} validation images:")
@@ -116,6 +117,7 @@ if __name__ == "__main__":
     save_figure(args.output_dir / "03_training.png", args.show)
 
     if args.sample:
-        print(f"\n{args.epochs * len(loader_train)} steps on {dset_sizes['train']} images: it runs, it has not learned yet. "
-              "To see it learn them:\npython 04_precompute.py --sample --layer fc7")
+        n_steps = args.epochs * len(loader_train)
+        print(f"\n{n_steps} steps on {dset_sizes['train']} images: it runs, it has not learned yet.")
+        print("To see it learn: python 04_precompute.py --sample --layer fc7")
     print(f"\nDone{note}. Next, with the same options: python 04_precompute.py")

@@ -29,8 +29,8 @@ from torchvision import datasets, models, transforms
 
 from common import (UserError, banner, choose_weights, differences, freeze_and_replace_head, identify, imshow, load,
                     load_data, load_state, load_vgg16, loader_options, made_from, option_parser, parse_options,
-                    plot_training, progress, save, save_figure, save_head, save_predictions, show_predictions, test_model,
-                    to_device, train_model, writing)
+                    plot_training, progress, save, save_figure, save_head, save_predictions, show_predictions,
+                    test_model, to_device, train_model, writing)
 
 
 class FeatureFile:
@@ -54,7 +54,7 @@ class FeatureFile:
             print(f"{other.name} was begun with other images, layers, transform or precision: thrown away")
             other.unlink()
         with writing(self.part):
-            self.file = open(self.part, "r+b" if self.part.exists() else "w+b")
+            self.file = open(self.part, "r+b" if self.part.exists() else "w+b")  # noqa: SIM115 it stays open till the end
             np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             header, row_bytes = self.file.tell(), 4 * math.prod(shape[1:])
             rows = max(os.path.getsize(self.part) - header, 0) // row_bytes
@@ -182,7 +182,7 @@ if __name__ == "__main__":
     history = []
     train_model(trained, loaderfeat_train, size=dset_sizes["train"], epochs=args.epochs, optimizer=optimizer_vgg,
                 criterion=criterion, history=history)
-    metrics = save_head(args, "04", model_vgg, made_from(images, model_vgg), history, layer=args.layer, from_03_head=from_03)
+    metrics = save_head(args, "04", model_vgg, made_from(images, model_vgg), history, from_03_head=from_03)
 
     print(f"\nthe test on {dset_sizes['valid']:,} validation images:")
     predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"],
@@ -196,9 +196,9 @@ if __name__ == "__main__":
     if from_03 and speed:
         seconds["on images"] = metrics_03["seconds_per_epoch"]
         once, saved = dset_sizes["train"] / speed, seconds["on images"] - seconds["on features"]
-        print(f"training, per epoch on images (03_finetune_head.py): {seconds['on images']:.3f} s; computing the features "
-              f"once: {once:.1f} s,\nwhich has", f"paid for itself after epoch {math.ceil(once / saved)}" if saved > 0 else
-              "not paid for itself")
+        print(f"training, per epoch on images (03_finetune_head.py): {seconds['on images']:.3f} s")
+        print(f"computing the features of the training images, once: {once:.1f} s, which has",
+              f"paid for itself after epoch {math.ceil(once / saved)}" if saved > 0 else "not paid for itself")
     elif not from_03:
         print("to compare with training on images, run python 03_finetune_head.py with the same options before")
 

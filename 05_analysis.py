@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
 from common import (CLASSES, UserError, banner, choose_weights, differences, freeze_and_replace_head, identify,
-                    imagenet_format, imshow, load, load_data, load_image, load_state, load_vgg16, loader_options, log_loss,
-                    made_from, option_parser, parse_options, progress, save, save_figure, show_photos, show_predictions,
-                    to_device)
+                    imagenet_format, imshow, load, load_data, load_image, load_state, load_vgg16, loader_options,
+                    log_loss, made_from, option_parser, parse_options, progress, save, save_figure, show_photos,
+                    show_predictions, to_device)
 
 
 def load_results(args, step, images):
@@ -113,8 +113,7 @@ if __name__ == "__main__":
     parser = option_parser(__doc__)
     parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 where it has run, else 03)")
     parser.add_argument("--n-view", type=int, default=8, metavar="N", help="images a view, 100 at most (default: 8)")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="photos of your own, 100 "
-                        "at most")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="photos of your own")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
     args = parse_options(parser)
     if len(args.image) > 100:
@@ -134,8 +133,8 @@ if __name__ == "__main__":
 # %% Viewing model prediction (qualitative analysis)
     banner("Viewing model prediction (qualitative analysis)", 3819, args.pause)
     # A model is judged by images that it did not learn from. Much better on those it did learn from: it over-fits.
-    # First make a model that can over-fit; then care about regularization, and about augmentation: changed images, which
-    # features computed once rule out.
+    # First make a model that can over-fit; then care about regularization and augmentation (changed images, which
+    # features computed once rule out).
     print(f"the predictions of {of_step}, on {len(predictions):,} validation images")
     print(f"accuracy while training, in the last epoch: {metrics['train_accuracy'][-1]:.4f}; on validation images: "
           f"{metrics['valid_accuracy']:.4f}")
@@ -147,7 +146,8 @@ if __name__ == "__main__":
     def view(idx, title, name):
         """Save a figure of the validation images idx, each whole, with its true class and what was predicted."""
         paths = [dsets["valid"].imgs[x][0] for x in idx]
-        show_predictions([load_image(path) for path in paths], paths, all_classes[idx], all_proba[idx], f"{title} ({of_step})")
+        show_predictions([load_image(path) for path in paths], paths, all_classes[idx], all_proba[idx],
+                         f"{title} ({of_step})")
         save_figure(args.output_dir / name, args.show)
 
     # 1. A few correct labels at random
@@ -181,7 +181,7 @@ if __name__ == "__main__":
     view(most_uncertain, "Most uncertain", "05_most_uncertain.png")
 
     # In numbers: row the true class, column the predicted one
-    confusion = np.array([[np.sum((all_classes == true) & (predictions == pred)) for pred in [0, 1]] for true in [0, 1]])
+    confusion = np.array([[len(correct_cats), len(incorrect_dogs)], [len(incorrect_cats), len(correct_dogs)]])
     plot_confusion(confusion, f"Confusion matrix ({of_step})")
     save_figure(args.output_dir / "05_confusion.png", args.show)
     plot_histogram(all_proba, all_classes, f"Probability of dog by true class ({of_step})")
@@ -200,10 +200,10 @@ if __name__ == "__main__":
 # %% Conclusion
     banner("Conclusion")
     # Step 02 saw VGG16 name breeds already, so it is no surprise that its features tell cats from dogs.
-    print("What was trained is a simple logistic regression: 2 x 4096 weights + 2 biases = 8,194 numbers, which any CPU can\n"
-          "do. A fly was killed with a sledge hammer: a network that had seen 1.2 million photos, many of cats and dogs.\n"
-          "Still, every step of a real project was there: get the data, set up the machine, prepare the images, compute\n"
-          "features once, keep them for the next experiment.")
+    print("What was trained is a simple logistic regression: 2 x 4096 weights + 2 biases = 8,194 numbers, which any\n"
+          "CPU can do. A fly was killed with a sledge hammer: VGG16 had learned from 1.2 million photos, many of cats\n"
+          "and dogs. Still, every step of a real project was there: get the data, set up the machine, prepare the\n"
+          "images, compute features once, keep them for the next experiment.")
 
     if args.image or args.submission:
         choose_weights(args)

@@ -35,8 +35,8 @@ imagenet_format = transforms.Compose([
 
 
 def imshow(image, title=None):
-    """Show a normalized image, a (3, H, W) tensor, or a PIL image as it is, on the current axes. Of a row of images made
-    by make_grid the title may be a list of names: each is written over its own image."""
+    """Show a normalized image, a (3, H, W) tensor, or a PIL image as it is, on the current axes. For a row of images
+    from make_grid the title may be a list of names: each is written over its own image."""
     if isinstance(image, torch.Tensor):
         image = image.numpy().transpose((1, 2, 0))  # (H, W, 3)
         image = np.clip(np.array(STD) * image + np.array(MEAN), 0, 1)
@@ -157,25 +157,25 @@ def report(kind, error, traceback):
     if issubclass(kind, BrokenPipeError):  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141)  # as a shell reports it of other programs
-    if sys.stderr.isatty():
-        print(file=sys.stderr)  # a progress line may stand there
     if issubclass(kind, KeyboardInterrupt):
-        print("stopped by Ctrl-C", file=sys.stderr)
-        if not (sys.flags.interactive or hasattr(sys, "ps1")):  # python -i stays at its prompt
-            raise SystemExit(130)
+        line = "stopped by Ctrl-C"
     elif issubclass(kind, UserError):
         # a DataLoader hands on a worker's error as a long text that ends in "common.UserError: message"
-        print("error:", *text.rpartition("common.UserError: ")[2].splitlines(), file=sys.stderr)
+        line = "error: " + " ".join(text.rpartition("common.UserError: ")[2].splitlines())
     elif issubclass(kind, OSError):
         full = errno.errorcode.get(error.errno) in ("ENOSPC", "EDQUOT", "EFBIG")
         remedy = "make room, and run this again" if full else "mend that, or take another folder"
-        print(f"error: {error.filename}: {error.strerror or text}; {remedy}", file=sys.stderr)
+        line = f"error: {error.filename}: {error.strerror or text}; {remedy}"
     elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
-        print("error: a worker process was killed (is memory short?): try --num-workers 0", file=sys.stderr)
+        line = "error: a worker process was killed (is memory short?): try --num-workers 0"
     elif issubclass(kind, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text):
-        print("error: out of memory: try a smaller --batch-size, or --device cpu", file=sys.stderr)
+        line = "error: out of memory: try a smaller --batch-size, or --device cpu"
     else:
-        sys.__excepthook__(kind, error, traceback)
+        return sys.__excepthook__(kind, error, traceback)
+    print("\n" * sys.stderr.isatty() + line, file=sys.stderr)  # on a terminal a progress line may stand there
+    if issubclass(kind, KeyboardInterrupt) and not (sys.flags.interactive or hasattr(sys, "ps1")):
+        raise SystemExit(130)  # python -i stays at its prompt
+    return None
 
 
 sys.excepthook = report
@@ -224,10 +224,11 @@ def parse_options(parser):
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     print("options:", *(f"{name}={value}" for name, value in vars(args).items() if value is not None))
     if in_notebook:
-        print("In a notebook the options are --sample --show. To choose others: restart the kernel, and before the first\n"
-              'cell type: import sys; sys.argv = ["a script", "--limit", "1000"]; or use %run SCRIPT --limit 1000')
+        print('In a notebook the options are --sample --show. For others, before the first cell: import sys;\n'
+              'sys.argv = ["script", "--limit", "1000"]. Or run the whole script: %run SCRIPT --limit 1000')
     if args.sample:
-        print("the sample:", "24 drawings that come with the scripts" if args.data_dir == HERE / "sample" else args.data_dir)
+        ours = args.data_dir == HERE / "sample"
+        print("the sample:", "24 drawings that come with the scripts" if ours else args.data_dir)
     if not args.show:
         plt.switch_backend("Agg")  # draws without a display
     elif plt.get_backend().lower() == "agg":
@@ -240,7 +241,7 @@ def parse_options(parser):
 
 
 def banner(heading, seconds=None, pause=False):
-    """Print a heading of the lecture. With `seconds`, also where in the video it begins; then wait for Enter if `pause`."""
+    """Print a heading of the lecture. With `seconds`, where in the video it begins, also wait for Enter if `pause`."""
     if seconds is None:
         return print(f"\n{f'--- {heading} ':-<80}")
     video = f"video from {timedelta(seconds=seconds)}, https://youtu.be/ZhC-DIrCe6A?t={seconds}"
@@ -284,8 +285,8 @@ def load_image(path, upright=False):
 
 
 def check_dataset(data_dir):
-    """UserError unless train and valid each hold images of cats and dogs, and nothing that would be taken for a class or
-    an image and is none. Opens no image."""
+    """UserError unless train and valid each hold images of cats and of dogs, and nothing that ImageFolder would take
+    for a class or an image and is none. Opens no image."""
     for folder in (data_dir / "train", data_dir / "valid"):
         if not folder.is_dir():
             raise UserError(f"{folder} is missing: run python 01_data.py first, or use --sample")
@@ -341,20 +342,20 @@ def get_device(name, bf16=False):
         name = next(name for name in available if available[name])
     if not available[name]:
         raise UserError(f"--device {name}: this machine, or this torch, has none; use --device cpu")
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it, as cuDNN's convolutions do by default
     if bf16 and (name == "mps" or (name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))):
         raise UserError(f"--bf16: {name} does no bfloat16 on this machine; leave it out, or add --device cpu")
     if bf16 and name == "cpu" and not cpu_has_bfloat16():
         print("NOTICE: --bf16: this CPU has no bfloat16: expect it to be several times slower than without --bf16")
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it, as cuDNN's convolutions do by default
     return torch.device(name)
 
 
 def cpu_has_bfloat16():
-    """Whether the CPU computes in bfloat16 itself. The public torch.backends.cpu.get_cpu_capability() can't tell."""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or platform.machine().lower() not in ("x86_64", "amd64")
+    """Whether the CPU itself computes in bfloat16; torch.backends.cpu.get_cpu_capability() can't tell."""
+    by_onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")  # there oneDNN also says yes where it only emulates
+    return by_onednn and (torch.cpu._is_avx512_bf16_supported() or not x86)
 
 
 def weights_file(weights):
@@ -433,7 +434,7 @@ def show_photos(paths, predict, heading):
 
 
 def plot_training(metrics, title, seconds=None):
-    """Loss and accuracy per epoch, and on the validation set after them; with `seconds` (name: seconds), bars of those."""
+    """Loss and accuracy per epoch, and on the validation set at the end; with `seconds`, {name: number}, their bars."""
     panels = 3 if seconds else 2
     plt.figure(figsize=(4.6 * panels, 4), layout="constrained")
     plt.suptitle(title)
@@ -452,17 +453,19 @@ def plot_training(metrics, title, seconds=None):
         plt.subplot(1, panels, 3)
         plt.bar_label(plt.bar(list(seconds), list(seconds.values())), fmt="%.2g s")
         plt.ylabel("seconds per epoch")
+        plt.margins(y=0.1)
 
 
 # --------------------------------------------------------------------------------------------- what a result hangs on
 def identify(dsets):
-    """Which images the datasets hold, by names, sizes and times, and how they are seen: the first part of a record. Taken
-    before the work, since files may change under it."""
-    found = {"transform": str(dsets["valid"].transform)}
+    """Which images the datasets hold, by names, sizes and times, and how they are seen: the first part of a record.
+    Taken before the work, since files may change under it."""
+    images = {"transform": str(dsets["valid"].transform)}
     for x, dset in dsets.items():
-        files = [(os.path.relpath(path, dset.root), os.path.getsize(path), os.path.getmtime(path)) for path, _ in dset.imgs]
-        found[f"{x} images"] = hashlib.sha256(str(files).encode()).hexdigest()
-    return found
+        stats = [(os.path.relpath(path, dset.root), os.stat(path)) for path, _ in dset.imgs]
+        files = str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        images[f"{x} images"] = hashlib.sha256(files.encode()).hexdigest()
+    return images
 
 
 def made_from(images, model):
@@ -533,7 +536,8 @@ def save_head(args, step, model, record, history, **more):
     losses, accuracies, seconds = np.transpose(history).tolist()
     metrics = {"options": vars(args), "weights": args.weights, "pretrained": args.weights != "untrained",
                "dataset": args.data_dir, "made_from": record, "train_seconds": sum(seconds),
-               "seconds_per_epoch": sum(seconds) / len(seconds), "train_loss": losses, "train_accuracy": accuracies, **more}
+               "seconds_per_epoch": sum(seconds) / len(seconds), "train_loss": losses, "train_accuracy": accuracies,
+               **more}
     head = {name: value.cpu() for name, value in model.classifier[6].state_dict().items()}
     save(args.output_dir, {f"{step}_head.pt": head, f"{step}_metrics.json": metrics})
     return metrics

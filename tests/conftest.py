@@ -1,4 +1,4 @@
-"""What the tests share: the scripts as subprocesses and as modules, small datasets, weights, and a local web server."""
+"""What the tests share: the scripts as processes and as modules, small datasets, a small VGG16 and its weights."""
 import contextlib
 import importlib
 import io
@@ -6,15 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+SMALL = ROOT / "tests" / "small_vgg"
+sys.path[:0] = [str(ROOT), str(SMALL)]
 os.environ["MPLBACKEND"] = "Agg"
 # No test may reach the network: what tries meets a closed port of this machine.
 os.environ.update(dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9"),
-                  no_proxy="127.0.0.1")
+                  no_proxy="127.0.0.1", PYTHONPATH=str(SMALL))
 
 import numpy as np
 import pytest
@@ -23,6 +23,11 @@ from PIL import Image
 from torchvision import models
 
 import common
+import small_vgg
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs the real VGG16 (553 MB); leave out with -m 'not slow'")
 
 
 def script(name):
@@ -31,7 +36,7 @@ def script(name):
 
 
 def run(name, *options, status=0, **kwargs):
-    """Run a script as a user would; returns what it printed. With status 1 or 130, checks for one line and no more."""
+    """Run a script as a user would; returns what it printed. With status 1, checks for one line and no more."""
     command = [sys.executable, str(ROOT / name), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, **kwargs)
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
@@ -100,6 +105,15 @@ def make_dataset(folder, train=3, valid=2, test1=0):
     return folder
 
 
+def save_weights(home, seed=1):
+    """Seeded random numbers in the place and the form of VGG16's ImageNet weights below a TORCH_HOME; their path."""
+    path = home / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    torch.manual_seed(seed)
+    torch.save(models.vgg16().state_dict(), path, _use_new_zipfile_serialization=False)  # as the real file
+    return path
+
+
 @pytest.fixture
 def dataset(tmp_path):
     return make_dataset(tmp_path / "data set")  # in a folder with a space
@@ -107,15 +121,11 @@ def dataset(tmp_path):
 
 @pytest.fixture(scope="session")
 def torch_home(tmp_path_factory):
-    """A TORCH_HOME that holds seeded random numbers in the place and the form of VGG16's ImageNet weights."""
+    """A TORCH_HOME with weights for the small VGG16, in force for the whole session."""
     home = tmp_path_factory.mktemp("torch")
-    path = home / "hub" / "checkpoints" / "vgg16-397923af.pth"
-    path.parent.mkdir(parents=True)
-    torch.manual_seed(1)
-    torch.save(models.vgg16().state_dict(), path, _use_new_zipfile_serialization=False)  # as the real file
+    save_weights(home)
     os.environ["TORCH_HOME"] = str(home)
-    yield home
-    shutil.rmtree(home)
+    return home
 
 
 @pytest.fixture(scope="session")
@@ -123,25 +133,36 @@ def vgg_file(torch_home):
     return torch_home / "hub" / "checkpoints" / "vgg16-397923af.pth"
 
 
-@pytest.fixture(scope="session")
-def outputs(torch_home, tmp_path_factory):
-    """The five scripts, run in their order on the bundled sample: the folder of results, with .printed by script."""
-    folder = tmp_path_factory.mktemp("outputs")
-    photo = ROOT / "sample" / "valid" / "dogs" / "dog.8.jpg"
-    options = {"01_data.py": [], "02_vgg_imagenet.py": ["--zero-shot", "--image", photo], "03_finetune_head.py": [],
-               "04_precompute.py": ["--epochs", 3], "05_analysis.py": ["--image", photo]}
-
-    def run_all(names):
-        return {name: run(name, "--sample", "--output-dir", folder, *options[name]).stdout for name in names}
-
-    with ThreadPoolExecutor() as pool:  # 01 and 02 beside 03 and 04, which don't need them
-        first, second = pool.map(run_all, [("01_data.py", "02_vgg_imagenet.py"), ("03_finetune_head.py", "04_precompute.py")])
-    return folder, {**first, **second, **run_all(["05_analysis.py"])}
-
-
 @pytest.fixture
 def vgg(vgg_file):
-    """VGG16 with the weights in torch_home and a seeded new head, in eval mode."""
+    """The small VGG16 with the weights in torch_home and a seeded new last layer, in eval mode."""
     model = common.load_vgg16("imagenet")
     torch.manual_seed(0)
     return common.freeze_and_replace_head(model).eval()
+
+
+@pytest.fixture
+def real_vgg(tmp_path_factory, monkeypatch):
+    """The real VGG16, here and in processes, with weights of the real size; returns their file. For slow tests."""
+    home = tmp_path_factory.mktemp("real")
+    small_vgg.use(*small_vgg.REAL)
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    monkeypatch.delenv("PYTHONPATH")
+    yield save_weights(home)
+    small_vgg.use(small_vgg.CHANNELS, small_vgg.small_init)
+    shutil.rmtree(home)
+
+
+@pytest.fixture(scope="session")
+def outputs(torch_home, tmp_path_factory):
+    """The five scripts, run in their order on the bundled sample: the folder of results, and what each printed."""
+    folder, printed = tmp_path_factory.mktemp("outputs"), {}
+    photo = ROOT / "sample" / "valid" / "dogs" / "dog.8.jpg"
+    options = {"01_data.py": [], "02_vgg_imagenet.py": ["--zero-shot", "--image", photo], "03_finetune_head.py": [],
+               "04_precompute.py": ["--epochs", 3], "05_analysis.py": ["--image", photo]}
+    for name, more in options.items():
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout):
+            run_here(name, "--sample", "--output-dir", folder, *more)
+        printed[name] = stdout.getvalue()
+    return folder, printed
