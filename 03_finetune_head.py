@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
     # Convolutions look for small patterns, each in its own place. Pooling halves the picture, so that small shifts
     # matter less. Dense layers (Linear) combine what was found all over it.
-    print("\nthe size of one image after each block, and how many numbers the block has learned:")
+    print("\nthe size of one image after each block, and how many numbers to learn the block holds:")
     x, block, n_params = torch.zeros(1, 3, 224, 224), 0, 0
     with torch.inference_mode():
         for layer in [*model_vgg.features, model_vgg.avgpool, nn.Flatten(), *model_vgg.classifier.eval()]:
@@ -81,17 +81,18 @@ if __name__ == "__main__":
 # %% Training the model
     banner("Training the model")
     # The accuracy of an epoch is measured while it learns, with dropout on: that of the test can well be higher.
-    before = {name: value.clone() for name, value in model_vgg.state_dict().items()}
+    before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}
     torch.manual_seed(args.seed)  # shuffling and dropout
     history = []
     train_model(model_vgg, loader_train, size=dset_sizes["train"], epochs=args.epochs, optimizer=optimizer_vgg,
                 criterion=criterion, history=history)
 
-    # The proof: what of VGG16 is another number now?
-    changed = {name: int((value != before[name]).sum()) for name, value in model_vgg.state_dict().items()}
-    n_changed_new = changed.pop("classifier.6.weight") + changed.pop("classifier.6.bias")
-    print(f"changed: {sum(changed.values()):,} of the {n_frozen:,} frozen numbers, "
-          f"{n_changed_new:,} of the {n_trainable:,} new ones")
+    # The proof: which numbers are other ones now?
+    for kind in ["frozen", "trainable"]:
+        params = {name: param for name, param in model_vgg.named_parameters()
+                  if param.requires_grad == (kind == "trainable")}
+        n_changed = sum(int((param != before[name]).sum()) for name, param in params.items())
+        print(f"of {sum(param.numel() for param in params.values()):,} {kind} numbers {n_changed:,} changed")
     metrics = save_head(args, "03", model_vgg, made_from(images, model_vgg), history)
 
     print(f"\nthe test on {dset_sizes['valid']:,} validation images:")
@@ -119,5 +120,5 @@ if __name__ == "__main__":
     if args.sample:
         n_steps = args.epochs * len(loader_train)
         print(f"\n{n_steps} steps on {dset_sizes['train']} images: it runs, it has not learned yet.")
-        print("To see it learn: python 04_precompute.py --sample --layer fc7")
+        print("To see it learn: python 04_precompute.py --sample --layer fc7" + (" --lr 0.1" if note else ""))
     print(f"\nDone{note}. Next, with the same options: python 04_precompute.py")

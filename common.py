@@ -82,11 +82,10 @@ def to_device(model, device, bf16=False):
 
 
 def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.NLLLoss(), history=None):
-    """Train what the optimizer holds on the dataloader's (inputs, classes), `size` images, with a line per epoch: mean
-    loss per image, accuracy, both measured while it learns, with dropout on. A list given as `history` gets (loss,
-    accuracy, seconds) of each epoch. ValueError without an optimizer."""
+    """Train what the optimizer holds on `size` images, batches of (inputs, classes). A line per epoch: mean loss per
+    image and accuracy, measured while it learns, with dropout on; `history`, a list, gets (loss, accuracy, seconds)."""
     if optimizer is None:
-        raise ValueError("train_model needs an optimizer, such as torch.optim.SGD(model.parameters(), lr=0.001)")
+        raise ValueError("train_model needs an optimizer")
     model.train()
     device = next(model.parameters()).device
     for epoch in range(1, epochs + 1):
@@ -115,8 +114,8 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
 
 @torch.inference_mode()
 def test_model(model, dataloader, size, criterion=nn.NLLLoss()):
-    """Run the model over the dataloader's `size` images, without dropout or gradients; print mean loss and accuracy.
-    Returns predictions (size,) int64, all_proba (size, 2) float32 probabilities, all_classes (size,) int64."""
+    """Run the model over `size` images without dropout or gradients; print mean loss and accuracy. Returns predictions
+    (size,) int64, all_proba (size, 2) float32 probabilities, all_classes (size,) int64."""
     model.eval()
     device = next(model.parameters()).device
     predictions = np.zeros(size, dtype=np.int64)
@@ -165,7 +164,7 @@ def report(kind, error, traceback):
     elif issubclass(kind, OSError):
         full = errno.errorcode.get(error.errno) in ("ENOSPC", "EDQUOT", "EFBIG")
         remedy = "make room, and run this again" if full else "mend that, or take another folder"
-        line = f"error: {error.filename}: {error.strerror or text}; {remedy}"
+        line = f"error: {error.filename or 'a file'}: {error.strerror or text}; {remedy}"
     elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
         line = "error: a worker process was killed (is memory short?): try --num-workers 0"
     elif issubclass(kind, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text):
@@ -229,9 +228,12 @@ def parse_options(parser):
     if args.sample:
         ours = args.data_dir == HERE / "sample"
         print("the sample:", "24 drawings that come with the scripts" if ours else args.data_dir)
-    if not args.show:
-        plt.switch_backend("Agg")  # draws without a display
-    elif plt.get_backend().lower() == "agg":
+    try:
+        inline = "inline" in os.environ.get("MPLBACKEND", "")  # the one of notebooks
+        plt.switch_backend(plt.get_backend() if args.show or inline else "Agg")  # Agg draws without a display
+    except ImportError:  # the backend in MPLBACKEND needs one
+        plt.switch_backend("Agg")
+    if args.show and plt.get_backend().lower() == "agg":
         print("--show: there is no display here; the figures are only saved")
         args.show = False
     args.output_dir.mkdir(parents=True, exist_ok=True)

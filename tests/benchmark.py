@@ -1,6 +1,6 @@
 """Measure the scripts against the lecture's own loops and against the bare network, side by side in one run.
 
-  python tests/benchmark.py        five to ten minutes on 2 cores; prints a table in Markdown, asserts nothing
+  python tests/benchmark.py        about ten minutes on 2 cores; prints a table in Markdown, asserts nothing
 
 It makes photo-sized JPEGs and a VGG16 of seeded random weights (speed does not depend on their values), in a temporary
 folder. What is compared is measured in turns, ROUNDS times, so that a noisy machine disturbs both sides alike; the
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets, models
 
 import common
@@ -61,15 +61,47 @@ def link_images(source, folder, n):
     return folder
 
 
-def make_vgg(bf16=False):
-    """Our model, as the scripts prepare it."""
-    return common.to_device(common.freeze_and_replace_head(common.load_vgg16("untrained")), DEVICE, bf16)
+def run_here(name, *options):
+    """Run a script's body in this process, quietly; returns its variables."""
+    variables, argv = {"__name__": "__main__", "__doc__": ""}, sys.argv
+    sys.argv = [name, *map(str, options)]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile((ROOT / name).read_text(), name, "exec"), variables)
+    finally:
+        sys.argv = argv
+    return variables
 
 
-def make_lecture_vgg():
+LECTURE_03 = """
+import sys, numpy as np, torch, torchvision, matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from torch import nn
+from torchvision import datasets, models, transforms
+sys.path[:0] = [{root!r}, {tests!r}]
+import benchmark
+form = benchmark.common.imagenet_format
+dsets = {{x: datasets.ImageFolder({sample!r} + "/" + x, form) for x in ["train", "valid"]}}
+loaders = {{x: torch.utils.data.DataLoader(dsets[x], batch_size=size, shuffle=x == "train", num_workers=6)
+           for x, size in (("train", 64), ("valid", 5))}}
+model = benchmark.make_lecture_vgg({weights!r})
+for _ in range(2):
+    benchmark.lecture_train(model, loaders["train"], model.classifier[6])
+model.eval()
+for inputs, classes in loaders["valid"]:
+    model(inputs)
+inputs, classes = next(iter(loaders["valid"]))
+print(torch.exp(model(inputs)))
+plt.imshow(torchvision.utils.make_grid(inputs).numpy().transpose((1, 2, 0)).clip(0, 1))
+plt.savefig({out!r} + "/lecture.png")
+"""
+
+
+def make_lecture_vgg(weights):
     """The lecture's model: torchvision's default memory layout, float32."""
-    torch.manual_seed(0)
     model = models.vgg16()
+    model.load_state_dict(torch.load(weights, weights_only=True))
     for param in model.parameters():
         param.requires_grad = False
     model.classifier[6] = nn.Linear(4096, 2)
@@ -119,11 +151,11 @@ def bare_forward(layers, inputs, batch_size):
             layers(batch)
 
 
-def bare_train(model, head, inputs, classes):
-    """The classifier's forward and the head's step alone, on data in memory."""
+def bare_train(model, head, inputs, classes, batch_size=128):
+    """The forward pass and the head's step alone, on data in memory."""
     criterion, optimizer = nn.NLLLoss(), sgd(head)
     model.train()
-    for batch, labels in zip(inputs.split(128), classes.split(128), strict=True):
+    for batch, labels in zip(inputs.split(batch_size), classes.split(batch_size), strict=True):
         loss = criterion(model(batch), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -153,27 +185,29 @@ def row(what, against, ours, theirs, reach):
     print(f"| {what} | {against} | {ours} | {theirs[0]} | {theirs[1]} | {reach} |", flush=True)
 
 
-def speed_rows(folder):
+def speed_rows(folder, weights):
     dset = datasets.ImageFolder(make_images(folder / "images", N_IMAGES) / "train", common.imagenet_format,
                                 loader=common.load_image)
     cores = min(6, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     ours_options = common.loader_options(23_000, None, DEVICE)  # as for the whole dataset
     lecture_loader = DataLoader(dset, batch_size=64, shuffle=True, num_workers=cores)
     our_loader = DataLoader(dset, batch_size=64, shuffle=True, **ours_options)
-    lecture, f32, bf16 = make_lecture_vgg(), make_vgg(), make_vgg(bf16=True)
-    inputs = torch.stack([image for image, _ in dset]).to(DEVICE)
-    batch_size = 8 if DEVICE.type == "cpu" else 64
+    options = ["--data-dir", folder / "images", "--output-dir", folder / "speed", "--weights", weights, "--epochs", 1]
+    scripts = {"f32": run_here("04_precompute.py", *options), "bf16": run_here("04_precompute.py", *options, "--bf16")}
+    lecture, f32, bf16 = make_lecture_vgg(weights), scripts["f32"]["model_vgg"], scripts["bf16"]["model_vgg"]
+    inputs, classes = (torch.stack(parts) for parts in zip(*[(image, torch.tensor(label)) for image, label in dset], strict=True))
+    inputs, classes = inputs.to(DEVICE), classes.to(DEVICE)
+    batch_size = scripts["f32"]["batch_size"]
 
-    def our_precompute(model, name):
-        path = folder / f"{name}_feat_train.npy"
-        path.with_suffix(".json").unlink(missing_ok=True)
-        precompute.preconvfeat(model.features, dset, path, {"files": name}, (512, 7, 7), DEVICE, ours_options)
+    def our_precompute(name):
+        rows = precompute.FeatureFile(folder / f"{name}_feat_{time.time()}.npy", (N_IMAGES, 512, 7, 7), {}, batch_size)
+        scripts[name]["preconvfeat"](DataLoader(dset, batch_size=batch_size, **ours_options), rows)
 
     t = in_turns({
         "lecture": lambda: lecture_precompute(lecture, lecture_loader),
-        "f32": lambda: our_precompute(f32, "f32"), "bf16": lambda: our_precompute(bf16, "bf16"),
+        "f32": lambda: our_precompute("f32"), "bf16": lambda: our_precompute("bf16"),
         "bare f32": lambda: bare_forward(f32.features, inputs, batch_size),
-        "bare bf16": lambda: bare_forward(bf16.features, inputs.bfloat16(), batch_size)})
+        "bare bf16": lambda: bare_forward(bf16.features, inputs, batch_size)})
     speed = {name: N_IMAGES / time for name, time in t.items()}
     for name, target in (("f32", "1.7x"), ("bf16", "3.2x")):
         row(f"precompute, {name}", "lecture's loop", f"{speed[name]:.1f} img/s",
@@ -184,27 +218,33 @@ def speed_rows(folder):
 
     t = in_turns({
         "lecture": lambda: lecture_train(lecture, lecture_loader, lecture.classifier[6]),
-        "f32": lambda: common.train_model(f32, our_loader, sgd(f32.classifier[6]), 1),
-        "bf16": lambda: common.train_model(bf16, our_loader, sgd(bf16.classifier[6]), 1)})
+        "f32": lambda: common.train_model(f32, our_loader, N_IMAGES, 1, sgd(f32.classifier[6])),
+        "bf16": lambda: common.train_model(bf16, our_loader, N_IMAGES, 1, sgd(bf16.classifier[6])),
+        "bare f32": lambda: bare_train(f32, f32.classifier[6], inputs, classes, 64),
+        "bare bf16": lambda: bare_train(bf16, bf16.classifier[6], inputs, classes, 64)})
     for name, target in (("f32", "1.7x"), ("bf16", "3.2x")):
         row(f"epoch on images, {name}", "lecture's loop", f"{N_IMAGES / t[name]:.1f} img/s",
             (f"{N_IMAGES / t['lecture']:.1f} img/s", f"{t['lecture'] / t[name]:.2f}x"), target)
+    for name in ("f32", "bf16"):
+        row(f"epoch on images, {name}", "bare network", f"{N_IMAGES / t[name]:.1f} img/s",
+            (f"{N_IMAGES / t['bare ' + name]:.1f} img/s", f"{t['bare ' + name] / t[name]:.0%}"), "90%")
 
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, N_FEATURES)
     loaders = {}
     for name, shape in (("conv", (512, 7, 7)), ("fc7", (4096,))):
         np.save(folder / f"{name}.npy", rng.random((N_FEATURES, *shape), dtype=np.float32))
-        loaders[name] = precompute.feature_loader(np.load(folder / f"{name}.npy", mmap_mode="r"), labels, 128, shuffle=True)
+        rows = torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="r")).flatten(1)
+        loaders[name] = DataLoader(TensorDataset(rows, torch.from_numpy(labels)), batch_size=128, shuffle=True)
     conv = np.load(folder / "conv.npy")
     list_loader, classes = lecture_feature_loader(conv, labels), torch.from_numpy(labels).to(DEVICE)
     conv = torch.from_numpy(conv).flatten(1).to(DEVICE)
     t = in_turns({
         "lecture": lambda: lecture_train(lecture.classifier, list_loader, lecture.classifier[6]),
-        "f32": lambda: common.train_model(f32.classifier, loaders["conv"], sgd(f32.classifier[6]), 1),
-        "bf16": lambda: common.train_model(bf16.classifier, loaders["conv"], sgd(bf16.classifier[6]), 1),
+        "f32": lambda: common.train_model(f32.classifier, loaders["conv"], N_FEATURES, 1, sgd(f32.classifier[6])),
+        "bf16": lambda: common.train_model(bf16.classifier, loaders["conv"], N_FEATURES, 1, sgd(bf16.classifier[6])),
         "bare": lambda: bare_train(f32.classifier, f32.classifier[6], conv, classes),
-        "fc7": lambda: common.train_model(f32.classifier[6:], loaders["fc7"], sgd(f32.classifier[6]), 1)})
+        "fc7": lambda: common.train_model(f32.classifier[6:], loaders["fc7"], N_FEATURES, 1, sgd(f32.classifier[6]))})
     speed = {name: N_FEATURES / time for name, time in t.items()}
     row("epoch on conv features, f32", "bare classifier", f"{speed['f32']:,.0f} img/s",
         (f"{speed['bare']:,.0f} img/s", f"{speed['f32'] / speed['bare']:.0%}"), "90%")
@@ -243,9 +283,9 @@ def main():
     print("| what | against | ours | theirs | ratio | aim |\n| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(name)
-        speed_rows(folder)
         weights = folder / "vgg16.pth"
         torch.save(common.load_vgg16("untrained").state_dict(), weights)
+        speed_rows(folder, weights)
         peaks = {}
         for n in (200, 2000):
             data_dir = link_images(folder / "images", folder / str(n), n)
@@ -254,9 +294,13 @@ def main():
         if all(peaks.values()):
             row("peak memory of 04, 2,000 images", "200 images", f"{peaks[2000] / 1e9:.2f} GB",
                 (f"{peaks[200] / 1e9:.2f} GB", f"{peaks[2000] / peaks[200]:.3f}"), "within 5 %, < 1.6 GB")
-        times = [run_script(ROOT / "03_finetune_head.py", "--sample", "--weights", weights, "--output-dir", folder / "out")[0]
-                 for _ in range(3)]
-        row("03 --sample, whole process", "-", f"{statistics.median(times):.1f} s", ("-", "-"), "< 12 s")
+        lecture = folder / "lecture.py"
+        lecture.write_text(LECTURE_03.format(root=str(ROOT), tests=str(ROOT / "tests"), sample=str(ROOT / "sample"),
+                                             weights=str(weights), out=str(folder)))
+        options = ["--sample", "--weights", weights, "--output-dir", folder / "out"]
+        times = [(run_script(ROOT / "03_finetune_head.py", *options)[0], run_script(lecture)[0]) for _ in range(ROUNDS)]
+        ours, theirs = (statistics.median(side) for side in zip(*times, strict=True))
+        row("03 --sample, whole process", "lecture's cells", f"{ours:.1f} s", (f"{theirs:.1f} s", f"{theirs / ours:.2f}x"), "1x")
 
 
 if __name__ == "__main__":
