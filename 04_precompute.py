@@ -78,6 +78,8 @@ class FeatureFile:
         if self.part:
             start, timed_from = self.since
             speed = (self.done - timed_from) / (time.perf_counter() - start) if self.done > timed_from else None
+            if not self.part.exists():
+                raise UserError(f"{self.part} has gone: does another run write here? Let it end, and run this again")
             with writing(self.part):
                 os.fsync(self.file.fileno())
                 self.file.close()
@@ -202,7 +204,7 @@ if __name__ == "__main__":
     elif not from_03:
         print("to compare with training on images, run python 03_finetune_head.py with the same options before")
 
-    plot_training(metrics, f"Training the last layer on features{note}", seconds)
+    plot_training(metrics, f"Training the last layer on features{note}", seconds if "on images" in seconds else None)
     save_figure(args.output_dir / "04_training.png", args.show)
 
     # The first four cats and the last four dogs to validate

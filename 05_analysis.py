@@ -64,7 +64,7 @@ def plot_histogram(all_proba, all_classes, title):
     plt.xlabel("predicted probability of dog")
     plt.ylabel("validation images (log scale)")
     plt.title(title)
-    plt.legend(title="true class")
+    plt.legend(title="true class", loc="upper center")
 
 
 def load_trained(args, step, metrics, images, device):

@@ -170,11 +170,13 @@ def report(kind, error, traceback):
     elif issubclass(kind, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text):
         line = "error: out of memory: try a smaller --batch-size, or --device cpu"
     else:
-        return sys.__excepthook__(kind, error, traceback)
-    print("\n" * sys.stderr.isatty() + line, file=sys.stderr)  # on a terminal a progress line may stand there
+        sys.__excepthook__(kind, error, traceback)
+        return
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # a progress line may stand there
+    print(line, file=sys.stderr)
     if issubclass(kind, KeyboardInterrupt) and not (sys.flags.interactive or hasattr(sys, "ps1")):
         raise SystemExit(130)  # python -i stays at its prompt
-    return None
 
 
 sys.excepthook = report
@@ -223,8 +225,8 @@ def parse_options(parser):
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     print("options:", *(f"{name}={value}" for name, value in vars(args).items() if value is not None))
     if in_notebook:
-        print('In a notebook the options are --sample --show. For others, before the first cell: import sys;\n'
-              'sys.argv = ["script", "--limit", "1000"]. Or run the whole script: %run SCRIPT --limit 1000')
+        print('In a notebook the options are --sample --show. For others, type before the first cell: import sys;\n'
+              'sys.argv = ["script", "--limit", "1000", "--show"]. Or run a whole script: %run SCRIPT --limit 1000')
     if args.sample:
         ours = args.data_dir == HERE / "sample"
         print("the sample:", "24 drawings that come with the scripts" if ours else args.data_dir)
@@ -245,13 +247,13 @@ def parse_options(parser):
 def banner(heading, seconds=None, pause=False):
     """Print a heading of the lecture. With `seconds`, where in the video it begins, also wait for Enter if `pause`."""
     if seconds is None:
-        return print(f"\n{f'--- {heading} ':-<80}")
+        print(f"\n{f'--- {heading} ':-<80}")
+        return
     video = f"video from {timedelta(seconds=seconds)}, https://youtu.be/ZhC-DIrCe6A?t={seconds}"
     print(f"\n{'=' * 80}\n{heading}\n  {video}\n{'=' * 80}")
     if pause and sys.stdin and sys.stdin.isatty():
         print("press Enter to go on ", end="", flush=True)
         sys.stdin.readline()
-    return None
 
 
 def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
@@ -448,8 +450,8 @@ def plot_training(metrics, title, seconds=None):
         plt.xlabel("epoch")
         plt.ylabel(f"{name} (mean per image)" if name == "loss" else name)
         plt.gca().xaxis.get_major_locator().set_params(integer=True)
-        plt.legend()
-    plt.ylim(0, 1.02)
+        plt.legend(loc="best" if name == "loss" else "lower right")
+    plt.ylim(0, 1.05)
     plt.axhline(0.5, color="grey", linestyle=":")  # a guess
     if seconds:
         plt.subplot(1, panels, 3)
