@@ -130,7 +130,7 @@ def test_model(model, dataloader, size, criterion=nn.NLLLoss()):
         all_classes[i:i + len(classes)] = classes.numpy()
         all_proba[i:i + len(classes)] = outputs.exp().numpy()
         i += len(classes)
-    print(f"loss {running_loss / size:.4f}  accuracy {(predictions == all_classes).sum() / size:.4f}")
+    print(f"loss {running_loss / size:.4f}  accuracy {(predictions[:i] == all_classes[:i]).sum() / size:.4f}")
     return predictions, all_proba, all_classes
 
 
