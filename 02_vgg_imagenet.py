@@ -36,7 +36,7 @@ def zero_shot(args, model, device, loader_valid, images, note):
     sums = torch.cat(sums).numpy()  # (M, 2)
     predictions, all_classes = sums.argmax(axis=1), np.array(dset.targets)
     accuracy = np.mean(predictions == all_classes)
-    outside = 1 - sums.sum(axis=1).mean()
+    outside = float(1 - sums.sum(axis=1).mean())
     confusion = [[int(np.sum((all_classes == true) & (predictions == pred))) for pred in [0, 1]] for true in [0, 1]]
     print(f"accuracy {accuracy:.4f} on {len(all_classes):,} validation images{note}")
     for name, counts in zip(dset.classes, confusion, strict=True):

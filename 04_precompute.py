@@ -195,14 +195,16 @@ if __name__ == "__main__":
     seconds = {"on features": metrics["seconds_per_epoch"]}
     print(f"\ntraining, per epoch on features: {seconds['on features']:.3f} s")
     speed = load(args.output_dir / f"{args.layer}_feat_train.json", "run again")["images_per_second"]
-    if from_03 and speed:
+    if not from_03:
+        print("to compare with training on images, run python 03_finetune_head.py with the same options before")
+    elif speed is None:
+        print("computing the features of so few images, one batch, is not timed")
+    else:
         seconds["on images"] = metrics_03["seconds_per_epoch"]
         once, saved = dset_sizes["train"] / speed, seconds["on images"] - seconds["on features"]
         print(f"training, per epoch on images (03_finetune_head.py): {seconds['on images']:.3f} s")
         print(f"computing the features of the training images, once: {once:.1f} s, which has",
               f"paid for itself after epoch {math.ceil(once / saved)}" if saved > 0 else "not paid for itself")
-    elif not from_03:
-        print("to compare with training on images, run python 03_finetune_head.py with the same options before")
 
     plot_training(metrics, f"Training the last layer on features{note}", seconds if "on images" in seconds else None)
     save_figure(args.output_dir / "04_training.png", args.show)

@@ -194,7 +194,7 @@ if __name__ == "__main__":
     print(f"  dogs taken for cats {confusion[1, 0]:,} of {confusion[1].sum():,}")
     if (args.output_dir / "02_zero_shot.json").exists():
         zero_shot = load(args.output_dir / "02_zero_shot.json", "run python 02_vgg_imagenet.py --zero-shot again")
-        if not differences(zero_shot["made_from"], metrics["made_from"]):
+        if not differences(zero_shot.get("made_from", {}), metrics["made_from"]):
             print(f"  zero-shot accuracy  {zero_shot['valid_accuracy']:.4f}  (02_vgg_imagenet.py --zero-shot)")
 
 # %% Conclusion

@@ -493,7 +493,7 @@ WRITERS = {
     ".npy": lambda file, array: np.save(file, array, allow_pickle=False),
     ".pt": lambda file, state_dict: torch.save(state_dict, file),
     ".png": lambda file, figure: figure.savefig(file),
-    ".json": lambda file, content: file.write(json.dumps(content, indent=1, default=str).encode()),
+    ".json": lambda file, content: file.write(json.dumps(content, indent=1, default=os.fspath).encode()),
     ".csv": lambda file, text: file.write(text.encode()),
 }
 

@@ -25,6 +25,8 @@ from torchvision import models
 import common
 import small_vgg
 
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds, not 5, until a worker that failed is given up
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs the real VGG16 (553 MB); leave out with -m 'not slow'")
