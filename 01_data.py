@@ -194,7 +194,8 @@ if __name__ == "__main__":
     banner("Using CNN for dogs vs cats", 1175, args.pause)
     # The whole lecture in a sentence: take a network that others have trained on other photos, and reuse it.
     print("25,000 photos of cats and dogs with labels to learn from, 12,500 without to predict, for Kaggle's\n"
-          "competition Dogs vs Cats. At the end of 2013 the state of the art was said to be 80 % of them right.")
+          "competition Dogs vs Cats. When it began, at the end of 2013, the best programs were said to get above 80 %\n"
+          "of them right.")
 
 # %% Imports
     banner("Imports")
@@ -209,7 +210,7 @@ if __name__ == "__main__":
     banner("Downloading the data")
     # Kaggle's files come in one heap. Jeremy Howard (fast.ai) has sorted them into cats and dogs, and put some aside to
     # validate: 23,000 of the 25,000 with labels are for training, 2,000 for validation; test1 holds 12,500 without.
-    # 24 images, the sample, only show that the code runs: expect to be right in about one half of the cases.
+    # The sample, 24 images, only shows that the code runs: after the two steps of 03 expect to be right half the time.
     if not args.sample:
         get_dataset(args.data_dir.resolve(), args.from_kaggle)
     check_dataset(args.data_dir)
@@ -246,14 +247,15 @@ if __name__ == "__main__":
     print("dset_sizes:", dset_sizes)
     dset_classes = dsets["train"].classes
 
-    # A DataLoader reads the images, in worker processes, and stacks them into batches: shuffled to train, in their
-    # order to validate.
+    # A DataLoader reads the images, in worker processes if they are many, and stacks them into batches: shuffled to
+    # train, in their order to validate.
     options = loader_options(dset_sizes["train"], args.num_workers, device)
     torch.manual_seed(args.seed)
     loader_train = torch.utils.data.DataLoader(dsets["train"], batch_size=64, shuffle=True, **options)
     loader_valid = torch.utils.data.DataLoader(dsets["valid"], batch_size=5, shuffle=False, **options)
 
-    # Before you read on: what does next(iter(loader_valid)) give, and how many times could you ask for one more?
+    # Before you read on: what does next(iter(loader_valid)) give? And after it = iter(loader_valid), how many times
+    # could you ask for next(it)?
     inputs_try, labels_try = next(iter(loader_valid))
     print("\nbatches in loader_valid:", len(loader_valid))
     print("labels_try, of the first one:", labels_try)
@@ -263,7 +265,7 @@ if __name__ == "__main__":
     # ImageNet's mean is negative.
     print("\nWhat is an image for your computer? inputs_try[0]:", inputs_try[0], sep="\n")
 
-    # Make a grid from the first batch of the validation data
+    # Make a grid from the first batch of the validation data; imshow, in common.py, undoes normalize and shows it
     out = torchvision.utils.make_grid(inputs_try)
     plt.figure(figsize=(10, 2.4), layout="constrained")
     imshow(out, title=[dset_classes[x] for x in labels_try])

@@ -71,7 +71,7 @@ if __name__ == "__main__":
 # %% Creating VGG Model
     banner("Creating VGG Model", 2451, args.pause)
     # ImageNet: 1.2 million photos of 1,000 classes. The weights learned from them are downloaded once, and read from
-    # the disk after that. It is models.vgg16(weights="DEFAULT"), but says what to do where the weights can't be had.
+    # the disk after that: load_vgg16, in common.py, is models.vgg16(weights="DEFAULT") where they are already there.
     model_vgg = load_vgg16(args.weights)
     dic_imagenet = IMAGENET.meta["categories"]
     print("the first of 1,000 categories, dic_imagenet[:4]:", dic_imagenet[:4])
@@ -99,6 +99,7 @@ if __name__ == "__main__":
     for i, label in enumerate(labels_try):
         print(f"  {dset_classes[label]}:", ", ".join(f"{dic_imagenet[preds[i, k]]} {vals[i, k]:.3f}" for k in range(5)))
 
+    # [:-1]: cat for cats
     titles = [f"true: {dset_classes[labels_try[i]][:-1]}\n{dic_imagenet[preds_try[i]]}, {vals_try[i]:.3f}"
               for i in range(len(labels_try))]
     show_images(inputs_try.cpu(), titles, f"True class; VGG16's most likely ImageNet class and its probability{note}")

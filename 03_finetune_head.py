@@ -37,8 +37,9 @@ if __name__ == "__main__":
     model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py
     print(model_vgg)
 
-    # Convolutions look for small patterns, each in its own place. Pooling halves the picture, so that small shifts
-    # matter less. Dense layers (Linear) combine what was found all over it.
+    # Convolutions look for small patterns locally, the same ones all over the picture. Pooling halves its width and
+    # height, so that small shifts matter less. Dense layers (Linear) combine what was found everywhere; the first of
+    # them holds 103 of the 138 million numbers.
     print("\nthe size of one image after each block, and how many numbers to learn the block holds:")
     x, block, n_params = torch.zeros(1, 3, 224, 224), 0, 0
     with torch.inference_mode():
@@ -80,7 +81,8 @@ if __name__ == "__main__":
 
 # %% Training the model
     banner("Training the model")
-    # The accuracy of an epoch is measured while it learns, with dropout on: that of the test can well be higher.
+    # train_model and test_model are the lecture's own functions, written out in common.py, near the top. The accuracy
+    # of an epoch is measured while it learns, with dropout on: that of the test can well be higher.
     before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}
     torch.manual_seed(args.seed)  # shuffling and dropout
     history = []

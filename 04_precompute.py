@@ -74,7 +74,7 @@ class FeatureFile:
         self.since = self.since or (time.perf_counter(), self.done)
 
     def __array__(self, dtype=None, copy=None):
-        """All rows, memory-mapped: read from the file as they are needed."""
+        """np.asarray calls this: finish a new file, and give all rows, memory-mapped (read as they are needed)."""
         if self.part:
             start, timed_from = self.since
             speed = (self.done - timed_from) / (time.perf_counter() - start) if self.done > timed_from else None
@@ -140,7 +140,7 @@ if __name__ == "__main__":
                 x = frozen(inputs.to(device, non_blocking=True))
                 conv_features.extend(x.cpu().numpy())
                 labels_list.extend(labels.numpy())
-        return np.asarray(conv_features), labels_list
+        return np.asarray(conv_features), labels_list  # of a FeatureFile: its __array__, which also finishes the file
 
     # In the order of the images, where the lecture takes the shuffled loader_train: so each row's image is known.
     batch_size = 8 if device.type == "cpu" else 64  # on a CPU more is slower, and takes more memory
@@ -159,13 +159,14 @@ if __name__ == "__main__":
 
 # %% Creating a new data generator
     banner("Creating a new data generator")
-    # No image is loaded any more: a loader now hands over saved rows. If this is unclear, go on, it does no more.
+    # No image is loaded any more. If these lines are unclear, go on: all they do is hand over the saved rows.
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
     datasetfeat_train = TensorDataset(torch.from_numpy(conv_feat_train).flatten(1), torch.from_numpy(labels_train))
     loaderfeat_train = DataLoader(datasetfeat_train, batch_size=args.batch_size, shuffle=True)
     datasetfeat_valid = TensorDataset(torch.from_numpy(conv_feat_valid).flatten(1), torch.from_numpy(labels_valid))
     loaderfeat_valid = DataLoader(datasetfeat_valid, batch_size=args.batch_size, shuffle=False)
-    print(f"{len(loaderfeat_train)} batches of {args.batch_size} rows of {math.prod(x_try.shape[1:]):,} numbers")
+    n_numbers = math.prod(x_try.shape[1:])
+    print(f"batches: {len(loaderfeat_train)}, of at most {args.batch_size} rows of {n_numbers:,} numbers")
 
     # As in the lecture the last layer goes on from where 03_finetune_head.py left it, if what it has learned fits.
     path_03, again = args.output_dir / "03_metrics.json", "run python 03_finetune_head.py again"

@@ -132,9 +132,9 @@ if __name__ == "__main__":
 
 # %% Viewing model prediction (qualitative analysis)
     banner("Viewing model prediction (qualitative analysis)", 3819, args.pause)
-    # A model is judged by images that it did not learn from. Much better on those it did learn from: it over-fits.
-    # First make a model that can over-fit; then care about regularization and augmentation (changed images, which
-    # features computed once rule out).
+    # Judge a model by images that it did not learn from: if it does much better on those that it did, it over-fits.
+    # First make a model that can over-fit; only then care about regularization and augmentation. (Augmentation alters
+    # the images anew in every epoch: features that are computed once can't follow it.)
     print(f"the predictions of {of_step}, on {len(predictions):,} validation images")
     print(f"accuracy while training, in the last epoch: {metrics['train_accuracy'][-1]:.4f}; on validation images: "
           f"{metrics['valid_accuracy']:.4f}")
@@ -200,10 +200,10 @@ if __name__ == "__main__":
 # %% Conclusion
     banner("Conclusion")
     # Step 02 saw VGG16 name breeds already, so it is no surprise that its features tell cats from dogs.
-    print("What was trained is a simple logistic regression: 2 x 4096 weights + 2 biases = 8,194 numbers, which any\n"
-          "CPU can do. A fly was killed with a sledge hammer: VGG16 had learned from 1.2 million photos, many of cats\n"
-          "and dogs. Still, every step of a real project was there: get the data, set up the machine, prepare the\n"
-          "images, compute features once, keep them for the next experiment.")
+    print("What was trained is a simple logistic regression: 2 x 4096 weights + 2 biases = 8,194 numbers; any CPU can\n"
+          "train those. A fly was killed with a sledge hammer: VGG16 had learned from 1.2 million photos, many of them\n"
+          "of cats and dogs. Still, every step of a real project was there: get the data, set up the machine, prepare\n"
+          "the images, compute features once, keep them for the next experiment.")
 
     if args.image or args.submission:
         choose_weights(args)

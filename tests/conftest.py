@@ -143,15 +143,21 @@ def vgg(vgg_file):
     return common.freeze_and_replace_head(model).eval()
 
 
-@pytest.fixture
-def real_vgg(tmp_path_factory, monkeypatch):
-    """The real VGG16, here and in processes, with weights of the real size; returns their file. For slow tests."""
-    home = tmp_path_factory.mktemp("real")
-    small_vgg.use(*small_vgg.REAL)
-    monkeypatch.setenv("TORCH_HOME", str(home))
-    monkeypatch.delenv("PYTHONPATH")
-    yield save_weights(home)
-    small_vgg.use(small_vgg.CHANNELS, small_vgg.small_init)
+@pytest.fixture(scope="session", autouse=True)
+def real_run(request, tmp_path_factory):
+    """`python 03_finetune_head.py --sample` with the real VGG16, for the slow tests: it takes longest, so it begins before
+    all others and runs beside them. The file of its weights, the folder of its results, and the process."""
+    if not any(item.get_closest_marker("slow") for item in request.session.items):
+        yield None
+        return
+    home, folder = tmp_path_factory.mktemp("real"), tmp_path_factory.mktemp("real_outputs")
+    with small_vgg.real():
+        weights = save_weights(home)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"TORCH_HOME": str(home)}
+    command = [sys.executable, ROOT / "03_finetune_head.py", "--sample", "--output-dir", folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        yield weights, folder, process
+        process.kill()
     shutil.rmtree(home)
 
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_dataset, run, run_here, script
+from conftest import ROOT, make_dataset, run_here, script
 from matplotlib.text import Text
 from PIL import Image
 from torch import nn
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Tenso
 from torchvision import datasets, models, transforms
 
 import common
+import small_vgg
 
 HEADINGS = {  # of the lecture, with their seconds in the video
     "01_data.py": [("Using CNN for dogs vs cats", 1175), ("Imports", None), ("Downloading the data", None),
@@ -486,14 +487,17 @@ def test_the_sample_pictures_are_our_own(tmp_path):
 
 # --------------------------------------------------------------------------------------------------- the real network
 @pytest.mark.slow
-def test_03_as_the_readme_runs_it_gives_the_lectures_numbers(real_vgg, tmp_path):
+def test_03_as_the_readme_runs_it_gives_the_lectures_numbers(real_run):
     """From a file of the form that torchvision offers: not zipped, 553 MB."""
-    assert not zipfile.is_zipfile(real_vgg) and real_vgg.stat().st_size > 500e6
-    printed = run("03_finetune_head.py", "--sample", "--output-dir", tmp_path).stdout
+    weights, folder, process = real_run
+    assert not zipfile.is_zipfile(weights) and weights.stat().st_size > 500e6
+    printed = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, printed
     assert "134,260,544 frozen numbers" in printed and "8,194" in printed and "102,764,544" in printed
 
-    model = plain_vgg(real_vgg).to(memory_format=torch.contiguous_format).eval()  # the notebook's own network
-    model.classifier[6].load_state_dict(load_head(tmp_path / "03_head.pt"))
+    with small_vgg.real():
+        model = plain_vgg(weights).to(memory_format=torch.contiguous_format).eval()  # the notebook's own network
+    model.classifier[6].load_state_dict(load_head(folder / "03_head.pt"))
     with torch.inference_mode():
         proba = torch.cat([model(inputs).exp() for inputs, _ in plain_loader(ROOT / "sample" / "valid", batch_size=5)])
-    assert np.abs(np.load(tmp_path / "03_all_proba.npy") - proba.numpy()).max() < 1e-4
+    assert np.abs(np.load(folder / "03_all_proba.npy") - proba.numpy()).max() < 1e-4

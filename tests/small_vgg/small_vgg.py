@@ -4,6 +4,8 @@ Importing it is enough; sitecustomize.py does so in scripts that run as processe
 Features stay (512, 7, 7) and the last layer Linear(4096, 1000): every shape of the results is that of the real network,
 whose file of 553 MB becomes one of 25 MB.
 """
+import contextlib
+
 from torch import nn
 from torchvision.models import vgg
 
@@ -27,6 +29,16 @@ def use(channels, init):
     """Make torchvision build VGG16 with these channels and this initializer from now on."""
     vgg.cfgs["D"][:] = channels
     vgg.VGG.__init__ = init
+
+
+@contextlib.contextmanager
+def real():
+    """The real VGG16 for a while."""
+    use(*REAL)
+    try:
+        yield
+    finally:
+        use(CHANNELS, small_init)
 
 
 use(CHANNELS, small_init)
