@@ -200,8 +200,8 @@ if __name__ == "__main__":
 # %% Conclusion
     banner("Conclusion")
     # Step 02 saw VGG16 name breeds already, so it is no surprise that its features tell cats from dogs.
-    print("What was trained is a simple logistic regression: 2 x 4096 weights + 2 biases = 8,194 numbers; any CPU can\n"
-          "train those. A fly was killed with a sledge hammer: VGG16 had learned from 1.2 million photos, many of them\n"
+    print("What was trained is a simple logistic regression: 2 x 4096 weights + 2 biases = 8,194 numbers, and any CPU\n"
+          "can train those. A fly was killed with a sledge hammer: VGG16 had learned from 1.2 million photos, many\n"
           "of cats and dogs. Still, every step of a real project was there: get the data, set up the machine, prepare\n"
           "the images, compute features once, keep them for the next experiment.")
 
