@@ -119,8 +119,8 @@ if __name__ == "__main__":
     plot_training(metrics, f"Training the last layer on images{note}")
     save_figure(args.output_dir / "03_training.png", args.show)
 
-    if args.sample:
-        n_steps = args.epochs * len(loader_train)
+    n_steps = args.epochs * len(loader_train)
+    if args.sample and n_steps < 10:
         print(f"\n{n_steps} steps on {dset_sizes['train']} images: it runs, it has not learned yet.")
         print("To see it learn: python 04_precompute.py --sample --layer fc7" + (" --lr 0.1" if note else ""))
     print(f"\nDone{note}. Next, with the same options: python 04_precompute.py")
