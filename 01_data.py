@@ -12,8 +12,6 @@ Leaves the dataset in data/dogscats (or --data-dir), and in the output folder in
 """
 import gzip
 import hashlib
-import http.client
-import itertools
 import os
 import re
 import shutil
@@ -32,7 +30,7 @@ from torch import nn
 from torchvision import datasets, models, transforms
 
 from common import (CLASSES, MEAN, STD, UserError, banner, check_dataset, imshow, limit_images, load_image,
-                    loader_options, option_parser, parse_options, progress, save, save_figure)
+                    option_parser, parse_options, progress, save, save_figure)
 
 # region How the files are got, all behind get_dataset(); an editor folds it away. The lecture begins at "# %%" below.
 URLS = ["https://s3.amazonaws.com/fast-ai-sample/dogscats.tgz",
@@ -52,21 +50,19 @@ def fetch(url, part):
     try:
         response = urllib.request.urlopen(request)  # gives up after 30 s of silence: see socket in common.py
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # the server can't go on from there: all of it, then
+        if error.code != 416:  # the server can't go on from there, or the part is too long: all of it, then
             raise
         response = urllib.request.urlopen(url)
     with response:
-        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
-            raise OSError("it sends another part than asked for")
         if response.status != 206:  # the whole file: the server knows no Range
             done = 0
-        first = response.read(MIB)
-        length = int(response.headers.get("Content-Length", SIZE - done))
-        if done + length != SIZE or (done == 0 and not first.startswith(b"\x1f\x8b")):  # how a gzip file begins
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+            raise OSError("it sends another part than asked for")
+        if response.headers.get("Content-Length") != str(SIZE - done):
             raise OSError("what it sends is not the archive; does this network want you to log in?")
         with open(part, "ab") as file:
             file.truncate(done)
-            chunks = itertools.chain([first], iter(lambda: response.read(MIB), b""))
+            chunks = iter(lambda: response.read(MIB), b"")
             for chunk in progress(chunks, -(-(SIZE - done) // MIB), "MB", lambda chunk: len(chunk) / 1e6):
                 file.write(chunk)
     if part.stat().st_size != SIZE:
@@ -76,10 +72,8 @@ def fetch(url, part):
 def download(archive):
     """Download the archive, from where an earlier run stopped; UserError where no link works."""
     part = archive.with_name(archive.name + ".part")
-    if part.exists() and part.stat().st_size > SIZE:
-        part.unlink()
     done = part.stat().st_size if part.exists() else 0
-    needed, free = SIZE - done + UNPACKED, shutil.disk_usage(part.parent).free
+    needed, free = max(SIZE - done, 0) + UNPACKED, shutil.disk_usage(part.parent).free
     if needed > free:
         raise UserError(f"{part.parent}: about {needed:,} bytes are needed for archive and images, {free:,} are free; "
                         "make room, or choose another --data-dir")
@@ -87,10 +81,10 @@ def download(archive):
     failures = []
     for url in [os.environ["DOGSCATS_URL"]] if "DOGSCATS_URL" in os.environ else URLS:
         try:
-            if done < SIZE:
+            if done != SIZE:
                 fetch(url, part)
             return os.replace(part, archive)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except Exception as error:  # the network in all its ways, or the disk
             failures.append(f"{url}: {str(error) or type(error).__name__}")
     raise UserError(f"the dataset can't be downloaded ({'; '.join(failures)}). About {needed:,} bytes of room are "
                     f"needed. Run this again to go on where it stopped, or save the file with a browser as {archive}")
@@ -102,7 +96,7 @@ def unpack(archive, folder):
         md5 = hashlib.md5(file.read(MIB), usedforsecurity=False).hexdigest()
     try:
         if archive.stat().st_size != SIZE or md5 != MD5_OF_FIRST_MIB:
-            raise EOFError("not the dataset's size or checksum")
+            raise EOFError("another size or checksum")
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in progress(tar, sum(COUNTS.values()), "files", lambda member: 1):
                 path = PurePosixPath(member.name)
@@ -116,15 +110,17 @@ def unpack(archive, folder):
                         shutil.copyfileobj(tar.extractfile(member), file)
             while stream.read(MIB):  # on to the end, where gzip checks its sum
                 pass
+        for name, count in COUNTS.items():
+            found = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
+            if found != count:
+                raise EOFError(f"{name} holds {found:,} files, not {count:,}")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{archive}: is no whole dataset ({error}); delete it, or move it away if you need it, and run "
-                        "this again") from error
-    return COUNTS
+        raise UserError(f"{archive}: not the whole dataset ({error}); delete it, or move it away, and rerun") from error
 
 
 def from_kaggle(source, folder):
     """Fill folder from Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., by hard links or copies: the last 8 % of each
-    class are valid, ids 11500 to 12499 of the whole set. `source` stays as it is. Returns {subfolder: file count}."""
+    class are valid, ids 11500 to 12499 of the whole set. `source` stays as it is."""
     def numbered(place, pattern):
         paths = place.iterdir() if place.is_dir() else []
         return sorted((path for path in paths if re.fullmatch(pattern, path.name)),
@@ -134,8 +130,8 @@ def from_kaggle(source, folder):
     for name in CLASSES:
         images = numbered(source / "train", rf"{name[:-1]}\.(\d+)\.jpg")
         if len(images) < 2:
-            raise UserError(f"{source / 'train'}: holds {len(images)} {name}; --from-kaggle needs Kaggle's train/ "
-                            f"unzipped there, with {name[:-1]}.0.jpg and so on, two of each class at the least")
+            raise UserError(f"{source / 'train'}: must hold Kaggle's {name[:-1]}.0.jpg and so on, two of each class at "
+                            f"the least, and holds {len(images)} {name}")
         n_valid = max(1, len(images) * 8 // 100)
         places[f"train/{name}"], places[f"valid/{name}"] = images[:-n_valid], images[-n_valid:]
         places[f"sample/train/{name}"], places[f"sample/valid/{name}"] = images[:-n_valid][:8], images[-n_valid:][:4]
@@ -148,7 +144,6 @@ def from_kaggle(source, folder):
                 os.link(original, folder / name / image.name)
             except OSError:  # another file system, or one without hard links
                 shutil.copyfile(original, folder / name / image.name)
-    return {name: len(images) for name, images in places.items()}
 
 
 def get_dataset(data_dir, kaggle):
@@ -160,17 +155,13 @@ def get_dataset(data_dir, kaggle):
         if not all((data_dir / x).is_dir() for x in ["train", "valid"]):
             raise UserError(f"{data_dir}: lacks train or valid; move what is there away, and run this again")
         return
-    archive, folder = data_dir.parent / "dogscats.tgz", data_dir.parent / ".01_data-unpacks-here"
+    archive, folder = data_dir.with_name("dogscats.tgz"), data_dir.with_name(".01_data-unpacks-here")
     data_dir.parent.mkdir(parents=True, exist_ok=True)
     if not kaggle and not archive.exists():
         download(archive)
     try:
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed: no other program has this name
-        counts = from_kaggle(kaggle, folder) if kaggle else unpack(archive, folder)
-        for name, count in counts.items():
-            found = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
-            if found != count:
-                raise UserError(f"{archive}: {name} holds {found:,} files, not {count:,}; delete it and run this again")
+        from_kaggle(kaggle, folder) if kaggle else unpack(archive, folder)
         if data_dir.exists():
             data_dir.rmdir()  # empty
         os.replace(folder, data_dir)
@@ -249,10 +240,10 @@ if __name__ == "__main__":
 
     # A DataLoader reads the images, in worker processes if they are many, and stacks them into batches: shuffled to
     # train, in their order to validate.
-    options = loader_options(dset_sizes["train"], args.num_workers, device)
     torch.manual_seed(args.seed)
-    loader_train = torch.utils.data.DataLoader(dsets["train"], batch_size=64, shuffle=True, **options)
-    loader_valid = torch.utils.data.DataLoader(dsets["valid"], batch_size=5, shuffle=False, **options)
+    workers = args.num_workers
+    loader_train = torch.utils.data.DataLoader(dsets["train"], batch_size=64, shuffle=True, num_workers=workers)
+    loader_valid = torch.utils.data.DataLoader(dsets["valid"], batch_size=5, shuffle=False, num_workers=workers)
 
     # Before you read on: what does next(iter(loader_valid)) give? And after it = iter(loader_valid), how many times
     # could you ask for next(it)?

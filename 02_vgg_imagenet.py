@@ -17,8 +17,8 @@ from torch import nn
 from torchvision import datasets, models, transforms
 
 from common import (IMAGENET, banner, choose_weights, identify, imshow, load_data, load_image, load_vgg16, made_from,
-                    option_parser, parse_options, progress, save, save_figure, show_images, show_photos,
-                    show_predictions, to_device)
+                    option_parser, parse_options, progress, save, save_figure, show_photos, show_predictions,
+                    to_device)
 
 # ImageNet's classes of house cats (tabby to Egyptian cat) and of dogs (Chihuahua to Mexican hairless).
 CATS, DOGS = slice(281, 286), slice(151, 269)
@@ -60,10 +60,6 @@ if __name__ == "__main__":
     parser.add_argument("--zero-shot", action="store_true", help="measure how well it tells cats from dogs, untaught")
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="photos of your own")
     args = parse_options(parser)
-    if len(args.image) > 100:
-        parser.error("argument --image: 100 at most, for a figure to hold them")
-    for path in args.image:
-        load_image(path, upright=True)  # a bad file is said now, not after all the work
     device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
     dset_classes = dsets["train"].classes
     note = choose_weights(args)
@@ -99,10 +95,11 @@ if __name__ == "__main__":
     for i, label in enumerate(labels_try):
         print(f"  {dset_classes[label]}:", ", ".join(f"{dic_imagenet[preds[i, k]]} {vals[i, k]:.3f}" for k in range(5)))
 
-    # [:-1]: cat for cats
-    titles = [f"true: {dset_classes[labels_try[i]][:-1]}\n{dic_imagenet[preds_try[i]]}, {vals_try[i]:.3f}"
-              for i in range(len(labels_try))]
-    show_images(inputs_try.cpu(), titles, f"True class; VGG16's most likely ImageNet class and its probability{note}")
+    titles = [f"true: {dset_classes[labels_try[i]][:-1]}\n{dic_imagenet[preds_try[i]]}\n{vals_try[i]:.3f}"
+              for i in range(len(labels_try))]  # [:-1]: cat for cats
+    plt.figure(figsize=(14, 3.7), layout="constrained")
+    plt.suptitle(f"True class; VGG16's most likely ImageNet class and its probability{note}")
+    imshow(torchvision.utils.make_grid(inputs_try.cpu()), title=titles)
     save_figure(args.output_dir / "02_predictions.png", args.show)
     save(args.output_dir, {"probs_try.npy": probs.cpu().numpy()})
 

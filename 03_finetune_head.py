@@ -17,8 +17,8 @@ from torch import nn
 from torchvision import datasets, models, transforms
 
 from common import (banner, choose_weights, identify, imshow, load_data, load_vgg16, made_from, option_parser,
-                    parse_options, plot_training, save_figure, save_head, save_predictions, show_predictions,
-                    test_model, to_device, train_model)
+                    parse_options, plot_training, save_figure, save_results, show_predictions, test_model,
+                    to_device, train_model)
 
 if __name__ == "__main__":
     parser = option_parser(__doc__)
@@ -95,12 +95,13 @@ if __name__ == "__main__":
                   if param.requires_grad == (kind == "trainable")}
         n_changed = sum(int((param != before[name]).sum()) for name, param in params.items())
         print(f"of {sum(param.numel() for param in params.values()):,} {kind} numbers {n_changed:,} changed")
-    metrics = save_head(args, "03", model_vgg, made_from(images, model_vgg), history)
+    record = made_from(images, model_vgg)
+    save_results(args, "03", model_vgg, record, history)  # now: the test may meet a bad image
 
     print(f"\nthe test on {dset_sizes['valid']:,} validation images:")
     predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes["valid"],
                                                      criterion=criterion)
-    save_predictions(args, "03", metrics, predictions, all_proba, all_classes)
+    metrics = save_results(args, "03", model_vgg, record, history, (predictions, all_proba, all_classes))
 
     # The first four cats and the last four dogs to validate; a batch of loader_valid would hold cats alone
     n_images = 8

@@ -9,11 +9,9 @@ https://youtu.be/ZhC-DIrCe6A?t=3460).
 
 Reads the dataset, and 03_head.pt where it fits. Leaves in the output folder conv_feat_train.npy, conv_feat_valid.npy
 (2.5 GB for all images; fc7_feat_*.npy: 0.4 GB) with a .json each that says what they were made from,
-labels_train.npy, labels_valid.npy, and as 03 does 04_head.pt, 04_predictions.npy, 04_all_proba.npy,
-04_all_classes.npy, 04_metrics.json, 04_training.png and 04_valid_batch.png.
+labels_train.npy, labels_valid.npy, and what 03 leaves, here 04_head.pt and so on.
 """
 import hashlib
-import json
 import math
 import os
 import time
@@ -28,9 +26,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, models, transforms
 
 from common import (UserError, banner, choose_weights, differences, freeze_and_replace_head, identify, imshow, load,
-                    load_data, load_state, load_vgg16, loader_options, made_from, option_parser, parse_options,
-                    plot_training, progress, save, save_figure, save_head, save_predictions, show_predictions,
-                    test_model, to_device, train_model, writing)
+                    load_data, load_state, load_vgg16, made_from, option_parser, parse_options, plot_training, progress,
+                    save, save_figure, save_results, show_predictions, test_model, to_device, train_model, writing)
 
 
 class FeatureFile:
@@ -39,7 +36,7 @@ class FeatureFile:
     beside it says what it was made from, and how fast ("images_per_second", None if it was one batch)."""
 
     def __init__(self, path, shape, record, batch_size):
-        self.path, self.shape, self.record, self.json = path, shape, record, path.with_suffix(".json")
+        self.path, self.record, self.json = path, record, path.with_suffix(".json")
         self.done, self.part, self.since = shape[0], None, None
         if path.exists() and self.json.exists():
             changed = differences(load(self.json, "delete it and run again"), record)
@@ -48,19 +45,18 @@ class FeatureFile:
                 return
             print(f"{path.name} was made from other {changed}: computing it again")
         # the part file's name tells what it is made from, so that rows of two kinds never mix
-        digest = hashlib.sha256(json.dumps([shape, record]).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(str([shape, record]).encode()).hexdigest()[:16]
         self.part = path.with_suffix(f".{digest}.part")
         for other in set(path.parent.glob(f"{path.stem}.*.part")) - {self.part}:
             print(f"{other.name} was begun with other images, layers, transform or precision: thrown away")
             other.unlink()
-        with writing(self.part):
-            self.file = open(self.part, "r+b" if self.part.exists() else "w+b")  # noqa: SIM115 it stays open till the end
-            np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            header, row_bytes = self.file.tell(), 4 * math.prod(shape[1:])
-            rows = max(os.path.getsize(self.part) - header, 0) // row_bytes
-            self.done = min(rows, shape[0] - 1) // batch_size * batch_size
-            self.file.truncate(header + self.done * row_bytes)
-            self.file.seek(0, os.SEEK_END)
+        self.file = open(self.part, "r+b" if self.part.exists() else "w+b")  # noqa: SIM115 it stays open till the end
+        np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        header, row_bytes = self.file.tell(), 4 * math.prod(shape[1:])
+        rows = max(os.path.getsize(self.part) - header, 0) // row_bytes
+        self.done = min(rows, shape[0] - 1) // batch_size * batch_size
+        self.file.truncate(header + self.done * row_bytes)
+        self.file.seek(0, os.SEEK_END)
         if self.done:
             print(f"{path.name}: going on after the first {self.done:,} of {shape[0]:,} images")
 
@@ -88,10 +84,7 @@ class FeatureFile:
             self.part = None
             save(self.path.parent, {self.json.name: {**self.record, "images_per_second": speed}})
             print(f"saved {self.path}" + (f": {speed:.1f} images/s" if speed else ""))
-        features = load(self.path, "delete it and run again")
-        if features.shape != self.shape:
-            raise UserError(f"{self.path} has another shape than it should: delete it and run again")
-        return features
+        return load(self.path, "delete it and run again")
 
 
 if __name__ == "__main__":
@@ -147,10 +140,11 @@ if __name__ == "__main__":
     conv_feat = {}
     for x in ["train", "valid"]:
         hangs_on = {name: record[name] for name in ["transform", f"{x} images", "frozen layers", "precision"]}
+        hangs_on["network"] = str(frozen)
         rows = FeatureFile(args.output_dir / f"{args.layer}_feat_{x}.npy", (dset_sizes[x], *x_try.shape[1:]), hangs_on,
                            batch_size)
         left = Subset(dsets[x], range(rows.done, dset_sizes[x]))  # all, unless an earlier run has begun or done it
-        loader = DataLoader(left, batch_size=batch_size, **loader_options(len(left), args.num_workers, device))
+        loader = DataLoader(left, batch_size=batch_size, num_workers=args.num_workers, pin_memory=device.type == "cuda")
         conv_feat[x], _ = preconvfeat(loader, rows)
     conv_feat_train, conv_feat_valid = conv_feat["train"], conv_feat["valid"]
     labels_train, labels_valid = np.array(dsets["train"].targets), np.array(dsets["valid"].targets)  # (N,), (M,)
@@ -165,8 +159,7 @@ if __name__ == "__main__":
     loaderfeat_train = DataLoader(datasetfeat_train, batch_size=args.batch_size, shuffle=True)
     datasetfeat_valid = TensorDataset(torch.from_numpy(conv_feat_valid).flatten(1), torch.from_numpy(labels_valid))
     loaderfeat_valid = DataLoader(datasetfeat_valid, batch_size=args.batch_size, shuffle=False)
-    n_numbers = math.prod(x_try.shape[1:])
-    print(f"batches: {len(loaderfeat_train)}, of at most {args.batch_size} rows of {n_numbers:,} numbers")
+    print("batches to train:", len(loaderfeat_train), "of at most", args.batch_size, "rows")
 
     # As in the lecture the last layer goes on from where 03_finetune_head.py left it, if what it has learned fits.
     path_03, again = args.output_dir / "03_metrics.json", "run python 03_finetune_head.py again"
@@ -185,29 +178,27 @@ if __name__ == "__main__":
     history = []
     train_model(trained, loaderfeat_train, size=dset_sizes["train"], epochs=args.epochs, optimizer=optimizer_vgg,
                 criterion=criterion, history=history)
-    metrics = save_head(args, "04", model_vgg, made_from(images, model_vgg), history, from_03_head=from_03)
+    record = made_from(images, model_vgg)  # again: an edit of the lines above may train more layers
+    save_results(args, "04", model_vgg, record, history, from_03_head=from_03)
 
     print(f"\nthe test on {dset_sizes['valid']:,} validation images:")
     predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"],
                                                      criterion=criterion)
-    save_predictions(args, "04", metrics, predictions, all_proba, all_classes)
+    metrics = save_results(args, "04", model_vgg, record, history, (predictions, all_proba, all_classes),
+                           from_03_head=from_03)
 
     # What precomputing saves
-    seconds = {"on features": metrics["seconds_per_epoch"]}
-    print(f"\ntraining, per epoch on features: {seconds['on features']:.3f} s")
+    on_features = metrics["seconds_per_epoch"]
     speed = load(args.output_dir / f"{args.layer}_feat_train.json", "run again")["images_per_second"]
-    if not from_03:
-        print("to compare with training on images, run python 03_finetune_head.py with the same options before")
-    elif speed is None:
-        print("computing the features of so few images, one batch, is not timed")
-    else:
-        seconds["on images"] = metrics_03["seconds_per_epoch"]
-        once, saved = dset_sizes["train"] / speed, seconds["on images"] - seconds["on features"]
-        print(f"training, per epoch on images (03_finetune_head.py): {seconds['on images']:.3f} s")
-        print(f"computing the features of the training images, once: {once:.1f} s, which has",
-              f"paid for itself after epoch {math.ceil(once / saved)}" if saved > 0 else "not paid for itself")
+    print(f"\nan epoch on features: {on_features:.3f} s")
+    if from_03 and speed:
+        on_images, once = metrics_03["seconds_per_epoch"], dset_sizes["train"] / speed
+        print(f"an epoch on images, in 03_finetune_head.py: {on_images:.3f} s")
+        print(f"computing the features of the training images, once: {once:.1f} s; this has",
+              f"paid for itself after epoch {math.ceil(once / (on_images - on_features))}"
+              if on_images > on_features else "not paid for itself")
 
-    plot_training(metrics, f"Training the last layer on features{note}", seconds if "on images" in seconds else None)
+    plot_training(metrics, f"Training the last layer on features{note}")
     save_figure(args.output_dir / "04_training.png", args.show)
 
     # The first four cats and the last four dogs to validate

@@ -7,11 +7,12 @@ https://youtu.be/ZhC-DIrCe6A?t=3819) and its "Conclusion".
   python 05_analysis.py --sample --image my.jpg      cat or dog? Your own photos
   python 05_analysis.py --submission                 the Kaggle entry: submission.csv
 
-Reads the dataset and 04_predictions.npy, 04_all_proba.npy, 04_all_classes.npy, 04_metrics.json (or 03_...), and for
-photos and the submission 04_head.pt. Leaves in the output folder 05_correct.png, 05_incorrect.png,
+Reads the dataset and what 04 (or 03) left. Leaves in the output folder 05_correct.png, 05_incorrect.png,
 05_most_correct_cats.png, 05_most_correct_dogs.png, 05_most_incorrect_cats.png, 05_most_incorrect_dogs.png,
 05_most_uncertain.png, 05_histogram.png, 05_confusion.png; 05_images.png; submission.csv.
 """
+import copy
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -19,10 +20,9 @@ import torchvision
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
-from common import (CLASSES, UserError, banner, choose_weights, differences, freeze_and_replace_head, identify,
-                    imagenet_format, imshow, load, load_data, load_image, load_state, load_vgg16, loader_options,
-                    log_loss, made_from, option_parser, parse_options, progress, save, save_figure, show_photos,
-                    show_predictions, to_device)
+from common import (CLASSES, UserError, banner, choose_weights, differences, freeze_and_replace_head, identify, imshow,
+                    load, load_data, load_image, load_state, load_vgg16, log_loss, made_from, option_parser,
+                    parse_options, progress, save, save_figure, show_photos, show_predictions, to_device)
 
 
 def load_results(args, step, images):
@@ -34,9 +34,8 @@ def load_results(args, step, images):
     now = {name: images[name] for name in ["transform", "valid images"]}
     if changed := differences(metrics.get("made_from", {}), now):
         raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with other {changed}; {again}")
-    n_valid = all_classes.size
-    if "valid_loss" not in metrics or (predictions.shape, all_proba.shape) != ((n_valid,), (n_valid, 2)):
-        raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: not the whole result of a run; {again}")
+    if "valid_loss" not in metrics:
+        raise UserError(f"{args.output_dir / f'{step}_metrics.json'}: stopped before the test; {again}")
     return metrics, predictions, all_proba, all_classes
 
 
@@ -69,6 +68,7 @@ def plot_histogram(all_proba, all_classes, title):
 
 def load_trained(args, step, metrics, images, device):
     """VGG16 with the last layer that `step` trained; UserError unless all below that layer is as it was then."""
+    choose_weights(args)
     model_vgg = to_device(freeze_and_replace_head(load_vgg16(args.weights)), device, args.bf16)
     if changed := differences(metrics["made_from"], made_from(images, model_vgg)):
         raise UserError(f"{args.output_dir / f'{step}_head.pt'} was trained with other {changed} (--weights "
@@ -79,29 +79,22 @@ def load_trained(args, step, metrics, images, device):
 
 def find_test_images(folder):
     """The images of test1, which has no classes and so is no ImageFolder: 1.jpg, 2.jpg, 10.jpg, by their numbers."""
-    paths = list(folder.glob("*.jpg"))
+    paths = [path for path in folder.glob("*.jpg") if path.stem.isdecimal()]
     if not paths:
         raise UserError(f"{folder}: no images there; run python 01_data.py first, and leave out --sample")
-    if strange := [path for path in paths if not path.stem.isdecimal()]:
-        raise UserError(f"{strange[0]}: its name is no number, and so no id; move it away")
     return sorted(paths, key=lambda path: int(path.stem))
 
 
-def load_batch(paths):
-    """Image files named by numbers, as in test1 -> ids (B,), inputs (B, 3, 224, 224)."""
-    ids = torch.tensor([int(path.stem) for path in paths])
-    return ids, torch.stack([imagenet_format(load_image(path)) for path in paths])
-
-
 @torch.inference_mode()
-def write_submission(args, model, device, test_paths):
+def write_submission(args, model, device, dset, test_paths):
     """Predict test1 and write submission.csv for Kaggle, which scores the log loss: one image wrong at p = 0 would cost
     infinitely much. With p clipped to [0.005, 0.995], an error costs -log(0.005) = 5.3 at most."""
     print(f"\nBeyond the lecture: the Kaggle submission for {len(test_paths):,} images of test1")
-    loader_test = DataLoader(test_paths, batch_size=16, collate_fn=load_batch,
-                             **loader_options(len(test_paths), args.num_workers, device))
+    dset_test = copy.copy(dset)
+    dset_test.samples = [(path, int(path.stem)) for path in test_paths]  # in place of the classes their numbers
+    loader_test = DataLoader(dset_test, batch_size=16, num_workers=args.num_workers)
     rows = ["id,label"]
-    for ids, inputs in progress(loader_test, len(loader_test)):
+    for inputs, ids in progress(loader_test, len(loader_test)):
         dog = model(inputs.to(device)).exp()[:, 1].clip(0.005, 0.995).tolist()
         rows += [f"{i},{p:.6f}" for i, p in zip(ids.tolist(), dog, strict=True)]
     save(args.output_dir, {"submission.csv": "\n".join(rows) + "\n"})
@@ -116,10 +109,6 @@ if __name__ == "__main__":
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="photos of your own")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
     args = parse_options(parser)
-    if len(args.image) > 100:
-        parser.error("argument --image: 100 at most, for a figure to hold them")
-    for path in args.image:
-        load_image(path, upright=True)  # a bad file is said now, not after all the work
     test_paths = find_test_images(args.data_dir / "test1") if args.submission else []
     device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
@@ -188,7 +177,7 @@ if __name__ == "__main__":
     save_figure(args.output_dir / "05_histogram.png", args.show)
     print(f"\nsummary of {of_step}")
     print(f"  accuracy            {len(correct) / dset_sizes['valid']:.4f}")
-    print(f"  log loss            {log_loss(all_proba, all_classes):.4f}  (NLLLoss, as in training)")
+    print(f"  log loss            {metrics['valid_loss']:.4f}  (NLLLoss, as in training)")
     print(f"  log loss, clipped   {log_loss(all_proba.clip(0.005, 0.995), all_classes):.4f}  (as submitted to Kaggle)")
     print(f"  cats taken for dogs {confusion[0, 1]:,} of {confusion[0].sum():,}")
     print(f"  dogs taken for cats {confusion[1, 0]:,} of {confusion[1].sum():,}")
@@ -206,7 +195,6 @@ if __name__ == "__main__":
           "the images, compute features once, keep them for the next experiment.")
 
     if args.image or args.submission:
-        choose_weights(args)
         model_vgg = load_trained(args, step, metrics, images, device)
     if args.image:
         print("\nBeyond the lecture: your own photos, turned upright and resized as the weights were trained")
@@ -214,5 +202,5 @@ if __name__ == "__main__":
                     f"Cat or dog? ({of_step})")
         save_figure(args.output_dir / "05_images.png", args.show)
     if args.submission:
-        write_submission(args, model_vgg, device, test_paths)
+        write_submission(args, model_vgg, device, dsets["valid"], test_paths)
     print(f"\nDone{note}. Next: change a line and run it again; the README has exercises")

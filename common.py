@@ -2,7 +2,6 @@
 short" on, what spares them the rest: options, the checks of a dataset, figures, files that are whole or not there."""
 import argparse
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -38,8 +37,7 @@ def imshow(image, title=None):
     """Show a normalized image, a (3, H, W) tensor, or a PIL image as it is, on the current axes. For a row of images
     from make_grid the title may be a list of names: each is written over its own image."""
     if isinstance(image, torch.Tensor):
-        image = image.numpy().transpose((1, 2, 0))  # (H, W, 3)
-        image = np.clip(np.array(STD) * image + np.array(MEAN), 0, 1)
+        image = np.clip(np.array(STD) * image.numpy().transpose((1, 2, 0)) + np.array(MEAN), 0, 1)  # (H, W, 3)
     plt.imshow(image)
     plt.axis("off")
     if isinstance(title, list):
@@ -57,8 +55,9 @@ def load_vgg16(weights):
         return models.vgg16()
     with torch.device("meta"):  # takes no memory or time: 138 million random numbers would only be overwritten
         model = models.vgg16()
-    remedy = "delete it if it is there and run again" if weights == "imagenet" else "give another file to --weights"
-    return load_state(model, weights_file(weights), remedy)
+    if weights == "imagenet":
+        return load_state(model, IMAGENET_FILE, "delete it if it is there, and run again")
+    return load_state(model, Path(weights), "give another file to --weights")
 
 
 def freeze_and_replace_head(model):
@@ -138,6 +137,7 @@ def test_model(model, dataloader, size, criterion=nn.NLLLoss()):
 HERE = Path(__file__).resolve().parent
 CLASSES = ["cats", "dogs"]
 IMAGENET = models.VGG16_Weights.IMAGENET1K_V1
+IMAGENET_FILE = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")  # where torchvision keeps them too
 LIMITS = {"seed": (0, 2**63 - 1), "num_workers": (0, 256), "limit": (2, 1_000_000), "epochs": (1, 1_000_000),
           "lr": (0, 1_000), "batch_size": (1, 1_000_000), "n_view": (1, 100)}
 
@@ -162,9 +162,7 @@ def report(kind, error, traceback):
         # a DataLoader hands on a worker's error as a long text that ends in "common.UserError: message"
         line = "error: " + " ".join(text.rpartition("common.UserError: ")[2].splitlines())
     elif issubclass(kind, OSError):
-        full = errno.errorcode.get(error.errno) in ("ENOSPC", "EDQUOT", "EFBIG")
-        remedy = "make room, and run this again" if full else "mend that, or take another folder"
-        line = f"error: {error.filename or 'a file'}: {error.strerror or text}; {remedy}"
+        line = f"error: {error.filename or 'a file'}: {error.strerror or text}; mend that, or take another folder"
     elif issubclass(kind, RuntimeError) and text.startswith("DataLoader worker"):
         line = "error: a worker process was killed (is memory short?): try --num-workers 0"
     elif issubclass(kind, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text):
@@ -172,9 +170,7 @@ def report(kind, error, traceback):
     else:
         sys.__excepthook__(kind, error, traceback)
         return
-    if sys.stderr.isatty():
-        print(file=sys.stderr)  # a progress line may stand there
-    print(line, file=sys.stderr)
+    print("\n" * sys.stderr.isatty() + line, file=sys.stderr)  # on a terminal a progress line may stand there
     if issubclass(kind, KeyboardInterrupt) and not (sys.flags.interactive or hasattr(sys, "ps1")):
         raise SystemExit(130)  # python -i stays at its prompt
 
@@ -182,7 +178,7 @@ def report(kind, error, traceback):
 sys.excepthook = report
 
 
-# ------------------------------------------------------------------------------------------------ options and output
+# ---------------------------------------------------------------------------------------------------------- options
 def option_parser(doc, network=True):
     """The options of every script; with `network`, also those of the scripts that run VGG16."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,8 +203,8 @@ def option_parser(doc, network=True):
 
 
 def parse_options(parser):
-    """Parse the command line, find the folders, print the options in force; returns argparse's namespace. UserError
-    where no results can be written: that is tried before any work."""
+    """Parse the command line, find the folders, print the options in force; returns argparse's namespace. What would
+    stop the script at its end is tried first: OSError where no results can be written, UserError for a bad photo."""
     in_notebook = Path(sys.argv[0]).stem == "ipykernel_launcher"
     args = parser.parse_args(["--sample", "--show"] if in_notebook else None)
     for name, (least, most) in LIMITS.items():
@@ -220,6 +216,8 @@ def parse_options(parser):
     args.data_dir = args.data_dir or HERE / "data" / "dogscats"
     if args.sample:
         args.data_dir = args.data_dir / "sample" if (args.data_dir / "sample").is_dir() else HERE / "sample"
+    if args.num_workers is None:  # one process decodes faster than a CPU runs VGG16, a GPU needs many
+        args.num_workers = 0 if args.sample else min(torch.get_num_threads(), 16) if torch.cuda.is_available() else 1
     if hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
         # a path may hold what the console can't print; and a closed pipe is noticed at the next line
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -227,9 +225,6 @@ def parse_options(parser):
     if in_notebook:
         print('In a notebook the options are --sample --show. For others, type before the first cell: import sys;\n'
               'sys.argv = ["script", "--limit", "1000", "--show"]. Or run a whole script: %run SCRIPT --limit 1000')
-    if args.sample:
-        ours = args.data_dir == HERE / "sample"
-        print("the sample:", "24 drawings that come with the scripts" if ours else args.data_dir)
     try:
         inline = "inline" in os.environ.get("MPLBACKEND", "")  # the one of notebooks
         plt.switch_backend(plt.get_backend() if args.show or inline else "Agg")  # Agg draws without a display
@@ -239,21 +234,21 @@ def parse_options(parser):
         print("--show: there is no display here; the figures are only saved")
         args.show = False
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    with writing(args.output_dir), tempfile.TemporaryFile(dir=args.output_dir):
+    with tempfile.TemporaryDirectory(dir=args.output_dir):
         pass
+    for path in getattr(args, "image", []):
+        load_image(path, upright=True)
     return args
 
 
 def banner(heading, seconds=None, pause=False):
     """Print a heading of the lecture. With `seconds`, where in the video it begins, also wait for Enter if `pause`."""
-    if seconds is None:
-        print(f"\n{f'--- {heading} ':-<80}")
-        return
-    video = f"video from {timedelta(seconds=seconds)}, https://youtu.be/ZhC-DIrCe6A?t={seconds}"
-    print(f"\n{'=' * 80}\n{heading}\n  {video}\n{'=' * 80}")
-    if pause and sys.stdin and sys.stdin.isatty():
-        print("press Enter to go on ", end="", flush=True)
-        sys.stdin.readline()
+    print(f"\n{('=' if seconds else '-') * 80}\n{heading}")
+    if seconds:
+        print(f"  video from {timedelta(seconds=seconds)}, https://youtu.be/ZhC-DIrCe6A?t={seconds}")
+        if pause and sys.stdin and sys.stdin.isatty():
+            print("press Enter to go on ", end="", flush=True)
+            sys.stdin.readline()
 
 
 def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
@@ -273,7 +268,7 @@ def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
         print(" " * 59, end="\r", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------- images and weights
+# -------------------------------------------------------------------------------------- images, device and weights
 def load_image(path, upright=False):
     """The RGB PIL image in a file, turned by its EXIF data if `upright`; UserError if damaged, no picture or huge."""
     try:
@@ -283,9 +278,8 @@ def load_image(path, upright=False):
             if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would turn all above 255 white
                 image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             return image.convert("RGB")
-    except Exception as error:  # a damaged file can set off any; one with a number is the system's
-        remedy = "mend that" if getattr(error, "errno", None) else "replace or remove it"
-        raise UserError(f"{path}: can't be read as a picture ({error}); {remedy}") from error
+    except Exception as error:  # a damaged file can set off any
+        raise UserError(f"{path}: can't be read as a picture ({error}); mend, replace or remove it") from error
 
 
 def check_dataset(data_dir):
@@ -294,36 +288,25 @@ def check_dataset(data_dir):
     for folder in (data_dir / "train", data_dir / "valid"):
         if not folder.is_dir():
             raise UserError(f"{folder} is missing: run python 01_data.py first, or use --sample")
-        counts = {}
-        for place in (path for path in folder.iterdir() if path.is_dir()):
-            entries = list(os.scandir(place))
-            counts[place.name] = sum(datasets.folder.is_image_file(entry.name) for entry in entries)
-            for entry in entries:  # ImageFolder would go into folders, and meet dead links in the middle of the work
-                if place.name in CLASSES and (entry.is_dir() or (entry.is_symlink() and not os.path.exists(entry))):
-                    raise UserError(f"{entry.path}: a folder, or a link to nothing, among the images; move it away")
+        counts = {place.name: sum(map(datasets.folder.is_image_file, os.listdir(place)))
+                  for place in folder.iterdir() if place.is_dir()}
         if sorted(counts) != CLASSES or 0 in counts.values():  # ImageFolder makes any folder a class, and shifts labels
             raise UserError(f"{folder}: an unexpected, missing or empty class: must hold {CLASSES}, does hold {counts}")
+        for path in folder.glob("*/*"):
+            if not path.is_file():  # ImageFolder goes into folders, and meets dead links in the middle of the work
+                raise UserError(f"{path}: a folder, or a link to nothing, among the images; move it away")
 
 
 def limit_images(dsets, n):
     """Keep n training images, half of each class, and n / 10 to validate, at least one of each, evenly spaced."""
     for x, n_images in (("train", n), ("valid", n // 10)):
-        samples, kept = dsets[x].samples, []
+        kept = []
         for label in [0, 1]:
-            of_class = [sample for sample in samples if sample[1] == label]
+            of_class = [sample for sample in dsets[x].samples if sample[1] == label]
             n_class = min(max(1, (n_images + label) // 2), len(of_class))
             kept += [of_class[i * len(of_class) // n_class] for i in range(n_class)]
         dsets[x].samples = dsets[x].imgs = kept
         dsets[x].targets = [label for _, label in kept]
-        print(f"--limit {n}: {len(kept):,} of {len(samples):,} images in {x}")
-
-
-def loader_options(n_images, num_workers, device):
-    """The DataLoader arguments that depend on the machine."""
-    if num_workers is None:
-        # one process decodes faster than a CPU runs VGG16, a GPU needs many; few images are done before they start
-        num_workers = 0 if n_images < 500 else 1 if device.type == "cpu" else min(torch.get_num_threads(), 16)
-    return {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
 
 
 def load_data(args, batch_size=64):
@@ -333,7 +316,8 @@ def load_data(args, batch_size=64):
     dsets = {x: datasets.ImageFolder(args.data_dir / x, imagenet_format, loader=load_image) for x in ["train", "valid"]}
     if args.limit:
         limit_images(dsets, args.limit)
-    options = loader_options(len(dsets["train"]), args.num_workers, device)
+    options = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
+    print(f"{len(dsets['train']):,} images to train, {len(dsets['valid']):,} to validate")
     loader_train = DataLoader(dsets["train"], batch_size=batch_size, shuffle=True, **options)
     loader_valid = DataLoader(dsets["valid"], batch_size=5, shuffle=False, **options)
     return device, dsets, loader_train, loader_valid
@@ -362,24 +346,18 @@ def cpu_has_bfloat16():
     return by_onednn and (torch.cpu._is_avx512_bf16_supported() or not x86)
 
 
-def weights_file(weights):
-    """The path of the weights: for "imagenet" the one where torch.hub keeps them, else `weights` itself."""
-    return Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth") if weights == "imagenet" else Path(weights)
-
-
 def choose_weights(args):
-    """Download VGG16's ImageNet weights (528 MB) if they are asked for and not there yet. Where they can't be had a
-    --sample run goes on untrained, after a loud notice; a full one ends in UserError. Returns what to write beside
-    results: "" or ", untrained weights"."""
-    path = weights_file("imagenet")
-    if args.weights == "imagenet" and not path.exists():
-        print(f"downloading VGG16's ImageNet weights (528 MB) to {path}")
+    """Download VGG16's ImageNet weights if they are asked for and not there yet. Where they can't be had a --sample run
+    goes on untrained, after a loud notice; others end in UserError. Returns "" or ", untrained weights", to write
+    beside results."""
+    if args.weights == "imagenet" and not IMAGENET_FILE.exists():
+        print(f"downloading VGG16's ImageNet weights (528 MB) to {IMAGENET_FILE}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(IMAGENET.url, path, "397923af", progress=sys.stderr.isatty())
+            IMAGENET_FILE.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(IMAGENET.url, IMAGENET_FILE, "397923af", progress=sys.stderr.isatty())
         except Exception as error:  # the disk, the network in all its ways, or another hash than in the file's name
             problem = (f"VGG16's ImageNet weights can't be downloaded ({error}): get {IMAGENET.url} with a browser and "
-                       f"save it as {path}, or use --weights FILE or --weights untrained")
+                       f"save it as {IMAGENET_FILE}, or use --weights FILE or --weights untrained")
             if not args.sample:
                 raise UserError(problem) from error
             print(problem)
@@ -392,35 +370,28 @@ def choose_weights(args):
 
 
 # ----------------------------------------------------------------------------------------------------------- figures
-def show_images(images, titles, heading, wrong=()):
-    """A new figure: images as for imshow, each under its title, red for the numbers in `wrong`, all under a heading."""
+def show_predictions(images, paths, classes, proba, heading):
+    """A figure of images, as for imshow, under a heading: over each its true class, the prediction, red where it is
+    wrong, with its probability, and the file's name. proba: (B, 2), for cats and dogs."""
     columns = len(images) if len(images) in (1, 2, 3, 5) else 4
     rows = max(1, -(-len(images) // columns))
     plt.figure(figsize=(3 * max(columns, 3), 3.4 * rows + 0.4), layout="constrained")
     plt.suptitle(heading)
-    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+    for i, image in enumerate(images):
+        true, pred = CLASSES[classes[i]][:-1], CLASSES[proba[i].argmax()][:-1]  # [:-1]: cat for cats
         plt.subplot(rows, columns, i + 1)
-        imshow(image, title)
-        plt.gca().title.set_color("red" if i in wrong else "black")
+        imshow(image, f"true: {true}\npredicted: {pred}, {proba[i].max():.3f}\n{Path(paths[i]).name}")
+        plt.gca().title.set_color("black" if pred == true else "red")
     if len(images) == 0:
         plt.axis("off")
         plt.text(0.5, 0.5, "none", ha="center", size="xx-large")
 
 
-def show_predictions(images, paths, classes, proba, heading):
-    """show_images with true class, prediction and probability; proba: (B, 2), for cats and dogs."""
-    preds = [int(row.argmax()) for row in proba]
-    titles = [f"true: {CLASSES[true][:-1]}\npredicted: {CLASSES[pred][:-1]}, {row[pred]:.3f}\n{Path(path).name}"
-              for path, true, pred, row in zip(paths, classes, preds, proba, strict=True)]
-    wrong = [i for i, pred in enumerate(preds) if pred != classes[i]]
-    show_images(images, titles, heading, wrong)
-
-
 @torch.inference_mode()
 def show_photos(paths, predict, heading):
-    """Photos of one's own, each beside a bar per answer. `predict` gives names and probabilities (K,) for inputs (1, 3,
-    224, 224), which are made as the weights' own transforms do: resized to 256, cropped to 224. Prints them too."""
-    plt.figure(figsize=(10, 3 * len(paths)), layout="constrained")
+    """A figure of photos of one's own, each beside a bar per answer; prints the answers too. `predict` gives names and
+    probabilities (K,) for inputs (1, 3, 224, 224), made as the weights' own transforms do: resized, then cropped."""
+    plt.figure(figsize=(10, min(3 * len(paths), 600)), layout="constrained")  # no picture file can be much higher
     plt.suptitle(heading)
     for row, path in enumerate(paths):
         photo = load_image(path, upright=True)
@@ -430,21 +401,19 @@ def show_photos(paths, predict, heading):
         photo.thumbnail((600, 600))
         imshow(photo, Path(path).name)
         plt.subplot(len(paths), 2, 2 * row + 2)
-        places = range(len(names), 0, -1)  # the first one on top
-        plt.bar_label(plt.barh(places, probs), fmt="%.3f", padding=2)
-        plt.yticks(places, names)
+        plt.bar_label(plt.barh(names, probs), fmt="%.3f", padding=2)
+        plt.gca().invert_yaxis()  # the first one on top
         plt.xlim(0, 1.15)
         plt.xlabel("probability")
 
 
-def plot_training(metrics, title, seconds=None):
-    """Loss and accuracy per epoch, and on the validation set at the end; with `seconds`, {name: number}, their bars."""
-    panels = 3 if seconds else 2
-    plt.figure(figsize=(4.6 * panels, 4), layout="constrained")
+def plot_training(metrics, title):
+    """A figure of loss and accuracy per epoch, and on the validation set at the end."""
+    plt.figure(figsize=(9.2, 4), layout="constrained")
     plt.suptitle(title)
     epochs = range(1, len(metrics["train_loss"]) + 1)
     for i, name in enumerate(["loss", "accuracy"]):
-        plt.subplot(1, panels, i + 1)
+        plt.subplot(1, 2, i + 1)
         plt.plot(epochs, metrics[f"train_{name}"], "o-", markersize=4, label="train, during the epoch")
         plt.plot(len(epochs), metrics[f"valid_{name}"], "s", markersize=10, fillstyle="none", label="valid, at the end")
         plt.xlabel("epoch")
@@ -453,11 +422,6 @@ def plot_training(metrics, title, seconds=None):
         plt.legend(loc="best" if name == "loss" else "lower right")
     plt.ylim(0, 1.05)
     plt.axhline(0.5, color="grey", linestyle=":")  # a guess
-    if seconds:
-        plt.subplot(1, panels, 3)
-        plt.bar_label(plt.bar(list(seconds), list(seconds.values())), fmt="%.2g s")
-        plt.ylabel("seconds per epoch")
-        plt.margins(y=0.1)
 
 
 # --------------------------------------------------------------------------------------------- what a result hangs on
@@ -478,7 +442,7 @@ def made_from(images, model):
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if not name.startswith("classifier.6."):
-            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(value.cpu().flatten().view(torch.uint8).numpy())
     first = model.features[0].weight
     return {**images, "frozen layers": digest.hexdigest(), "precision": f"{first.dtype} on {first.device.type}"}
 
@@ -535,30 +499,28 @@ def save_figure(path, show=False):
     plt.close()
 
 
-def save_head(args, step, model, record, history, **more):
-    """Save the last layer as trained and how it was trained, at once: what follows may fail. Returns the metrics."""
+def save_results(args, step, model, record, history, result=(), **more):
+    """Save the last layer, how it was trained and, once there is one, the result of test_model; returns the metrics.
+    Called before the test too: that may fail, and the training is not lost then."""
     losses, accuracies, seconds = np.transpose(history).tolist()
     metrics = {"options": vars(args), "weights": args.weights, "pretrained": args.weights != "untrained",
                "dataset": args.data_dir, "made_from": record, "train_seconds": sum(seconds),
                "seconds_per_epoch": sum(seconds) / len(seconds), "train_loss": losses, "train_accuracy": accuracies,
                **more}
-    head = {name: value.cpu() for name, value in model.classifier[6].state_dict().items()}
-    save(args.output_dir, {f"{step}_head.pt": head, f"{step}_metrics.json": metrics})
+    files = {f"{step}_head.pt": {name: value.cpu() for name, value in model.classifier[6].state_dict().items()}}
+    if result:
+        predictions, all_proba, all_classes = result
+        metrics["valid_loss"] = log_loss(all_proba, all_classes)
+        metrics["valid_accuracy"] = np.mean(predictions == all_classes)
+        files |= {f"{step}_predictions.npy": predictions, f"{step}_all_proba.npy": all_proba,
+                  f"{step}_all_classes.npy": all_classes}
+    save(args.output_dir, {**files, f"{step}_metrics.json": metrics})
     return metrics
-
-
-def save_predictions(args, step, metrics, predictions, all_proba, all_classes):
-    """Save what test_model returned, and add its loss and accuracy to the metrics."""
-    metrics["valid_loss"] = log_loss(all_proba, all_classes)
-    metrics["valid_accuracy"] = np.mean(predictions == all_classes)
-    save(args.output_dir, {f"{step}_predictions.npy": predictions, f"{step}_all_proba.npy": all_proba,
-                           f"{step}_all_classes.npy": all_classes, f"{step}_metrics.json": metrics})
 
 
 def log_loss(all_proba, all_classes):
     """The mean of -log(p), p the probability given to the true class: NLLLoss per image, and Kaggle's score."""
-    with np.errstate(divide="ignore"):  # p = 0 costs infinitely much
-        return -np.log(all_proba[np.arange(len(all_classes)), all_classes].astype(np.float64)).mean()
+    return nn.functional.nll_loss(torch.tensor(all_proba).double().log(), torch.tensor(all_classes)).item()
 
 
 def load(path, remedy):

@@ -2,10 +2,12 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,13 +16,14 @@ sys.path[:0] = [str(ROOT), str(SMALL)]
 os.environ["MPLBACKEND"] = "Agg"
 # No test may reach the network: what tries meets a closed port of this machine.
 os.environ.update(dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9"),
-                  no_proxy="127.0.0.1", PYTHONPATH=str(SMALL))
+                  no_proxy="127.0.0.1", PYTHONPATH=str(SMALL), TORCH_HOME=tempfile.mkdtemp(prefix="torch"))
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import models
+from torch import nn
+from torchvision import datasets, models
 
 import common
 import small_vgg
@@ -32,35 +35,33 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs the real VGG16 (553 MB); leave out with -m 'not slow'")
 
 
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["TORCH_HOME"])
+
+
 def script(name):
     """A script as a module: its functions, without running its body."""
     return importlib.import_module(name)
 
 
-def run(name, *options, status=0, **kwargs):
-    """Run a script as a user would; returns what it printed. With status 1, checks for one line and no more."""
-    command = [sys.executable, str(ROOT / name), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, **kwargs)
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-    if status == 1:
-        assert_one_line(done.stderr)
-    return done
-
-
-def run_here(name, *options):
-    """Run a script's body in this process, which saves the seconds of importing torch; returns its variables."""
+def run_here(name, *options, edits=None):
+    """Run a script's body in this process, which saves the seconds of importing torch, after a student's edits, {old:
+    new}; returns its variables. Images are loaded without workers, unless the options say otherwise."""
     path, argv = ROOT / name, sys.argv
-    variables = {"__name__": "__main__", "__doc__": script(path.stem).__doc__}
-    sys.argv = [str(path), *map(str, options)]
+    text, variables = path.read_text(), {"__name__": "__main__", "__doc__": script(path.stem).__doc__}
+    for old, new in (edits or {}).items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    sys.argv = [str(path), "--num-workers", "0", *map(str, options)]
     try:
-        exec(compile(path.read_text(), path, "exec"), variables)
+        exec(compile(text, path, "exec"), variables)
     finally:
         sys.argv = argv
     return variables
 
 
 def message(name, *options, one_line=True):
-    """What a user reads on stderr when a script, or a function, fails: as `run` with status 1, but in this process."""
+    """What a user reads on stderr when a script, or a function, fails: one line and no more, in this process."""
     stderr = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace", write_through=True)
     with contextlib.redirect_stderr(stderr):
         try:
@@ -116,23 +117,74 @@ def save_weights(home, seed=1):
     return path
 
 
+def json_of(path):
+    return json.loads(path.read_text())
+
+
+class Stub(nn.Module):
+    """The least that a record needs of a network."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 1, 1))
+
+
+def record_of(dataset, model=None):
+    """What a result is made from, as the scripts write it."""
+    dsets = {x: datasets.ImageFolder(dataset / x, common.imagenet_format) for x in ("train", "valid")}
+    return common.made_from(common.identify(dsets), model or Stub())
+
+
+def fake_results(folder, dataset, proba_dog, step="04", model=None, **metrics):
+    """Made-up results of a step, for 05_analysis.py to look at; returns their record."""
+    proba, record = np.float32([(1 - p, p) for p in proba_dog]), record_of(dataset, model)
+    head = model.classifier[6] if model else nn.Linear(4096, 2)
+    common.save(folder, {
+        f"{step}_head.pt": head.state_dict(), f"{step}_predictions.npy": proba.argmax(axis=1), f"{step}_all_proba.npy": proba,
+        f"{step}_all_classes.npy": np.array(datasets.ImageFolder(dataset / "valid").targets),
+        f"{step}_metrics.json": {"made_from": record, "pretrained": True, "weights": "imagenet", "train_accuracy": [0.5, 0.75],
+                                 "valid_loss": 0.5, "valid_accuracy": 0.625, **metrics}})
+    return record
+
+
+def analyse(dataset, folder, *options):
+    return run_here("05_analysis.py", "--data-dir", dataset, "--output-dir", folder, *options)
+
+
+def keep_figures(patch):
+    """From now on figures are kept as they are, {file name: Figure}, instead of being painted into files."""
+    figures, save = {}, common.save
+
+    def keep(folder, files):
+        figures.update({name: content for name, content in files.items() if name.endswith(".png")})
+        others = {name: content for name, content in files.items() if not name.endswith(".png")}
+        if others:
+            save(folder, others)
+
+    patch.setattr(common, "save", keep)
+    return figures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, to look at what was drawn: painting them takes most of the time of a run on few images."""
+    return keep_figures(monkeypatch)
+
+
 @pytest.fixture
 def dataset(tmp_path):
     return make_dataset(tmp_path / "data set")  # in a folder with a space
 
 
-@pytest.fixture(scope="session")
-def torch_home(tmp_path_factory):
-    """A TORCH_HOME with weights for the small VGG16, in force for the whole session."""
-    home = tmp_path_factory.mktemp("torch")
-    save_weights(home)
-    os.environ["TORCH_HOME"] = str(home)
-    return home
+@pytest.fixture(scope="session", autouse=True)
+def vgg_file():
+    """The file of the small VGG16's weights, where the scripts look for ImageNet's."""
+    return save_weights(Path(os.environ["TORCH_HOME"]))
 
 
 @pytest.fixture(scope="session")
-def vgg_file(torch_home):
-    return torch_home / "hub" / "checkpoints" / "vgg16-397923af.pth"
+def torch_home(vgg_file):
+    return vgg_file.parent.parent.parent
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ none of them gives the class away.
 """
 import random
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,71 +32,52 @@ def ellipse(draw, x, y, rx, ry, fill):
     draw.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
 
 
-def draw_body(draw, coat, rng):
-    """Shoulders and chest below the head, common to both animals."""
-    ellipse(draw, 200, 405, rng.randint(95, 125), rng.randint(125, 145), shade(coat, 0.9))
-    if rng.random() < 0.5:
-        ellipse(draw, 200, 400, 48, 90, shade(coat, 1.35))
-
-
-def draw_coat_marks(animal, coat, rng, centre_y):
-    """Stripes, patches or a plain coat on the head, kept inside what is drawn already."""
+def draw_head(animal, coat, rng, head, marks_y):
+    """An ellipse, head, with stripes, patches or a plain coat around the height marks_y, kept inside what is drawn."""
+    ellipse(ImageDraw.Draw(animal), *head, coat)
     marks = Image.new("RGBA", animal.size)
     draw = ImageDraw.Draw(marks)
     dark, kind = shade(coat, 0.62), rng.choice(["plain", "stripes", "patch", "patch"])
     if kind == "stripes":
         for dx in (-34, -12, 12, 34):
-            draw.line((200 + dx, centre_y - 95, 200 + dx * 0.8, centre_y - 42), fill=dark, width=9)
-        for side in (-1, 1):
-            for dy in (8, 30):
-                draw.line((200 + side * 112, centre_y + dy, 200 + side * 74, centre_y + dy - 6), fill=dark, width=8)
+            draw.line((200 + dx, marks_y - 95, 200 + dx * 0.8, marks_y - 42), fill=dark, width=9)
+        for side, dy in product((-1, 1), (8, 30)):
+            draw.line((200 + side * 112, marks_y + dy, 200 + side * 74, marks_y + dy - 6), fill=dark, width=8)
     elif kind == "patch":
-        side = rng.choice([-1, 1])
-        ellipse(draw, 200 + side * 52, centre_y - 28, 46, 52, rng.choice([dark, shade(coat, 1.5)]))
+        ellipse(draw, 200 + rng.choice([-1, 1]) * 52, marks_y - 28, 46, 52, rng.choice([dark, shade(coat, 1.5)]))
     marks.putalpha(ImageChops.multiply(marks.getchannel("A"), animal.getchannel("A")))
     animal.alpha_composite(marks)
 
 
 def draw_eyes(draw, y, apart, radius, iris, slit):
-    for side in (-1, 1):
-        x = 200 + side * apart
+    for x in (200 - apart, 200 + apart):
         ellipse(draw, x, y, radius * 1.15, radius, (250, 250, 245))
         ellipse(draw, x, y, radius * 0.95, radius * 0.95, iris)
         ellipse(draw, x, y, radius * (0.28 if slit else 0.6), radius * (0.9 if slit else 0.6), (15, 12, 12))
         ellipse(draw, x - radius * 0.3, y - radius * 0.35, radius * 0.2, radius * 0.2, (255, 255, 255))
 
 
-def draw_cat(coat, rng):
-    animal = Image.new("RGBA", (UNIT, UNIT + 60))
-    draw = ImageDraw.Draw(animal)
-    draw_body(draw, coat, rng)
-    tip, out = rng.randint(40, 62), rng.randint(96, 122)
+def draw_cat(animal, draw, coat, rng):
+    tip, out, pink = rng.randint(40, 62), rng.randint(96, 122), (224, 160, 158)
     for side in (-1, 1):  # pricked ears
         draw.polygon([(200 + side * 118, 190), (200 + side * out, tip), (200 + side * 28, 122)], fill=shade(coat, 0.88))
-        draw.polygon([(200 + side * 103, 172), (200 + side * (out - 5), tip + 28), (200 + side * 48, 130)],
-                     fill=(224, 160, 158))
-    ellipse(draw, 200, 205, rng.randint(118, 128), rng.randint(98, 106), coat)
-    draw_coat_marks(animal, coat, rng, 205)
+        draw.polygon([(200 + side * 103, 172), (200 + side * (out - 5), tip + 28), (200 + side * 48, 130)], fill=pink)
+    draw_head(animal, coat, rng, (200, 205, rng.randint(118, 128), rng.randint(98, 106)), 205)
     draw_eyes(draw, 190, 52, rng.randint(22, 26), rng.choice([(120, 180, 80), (214, 170, 50), (90, 150, 200)]), slit=True)
-    for side in (-1, 1):  # a short muzzle
-        ellipse(draw, 200 + side * 23, 250, 29, 23, shade(coat, 1.3))
+    for x in (177, 223):  # a short muzzle
+        ellipse(draw, x, 250, 29, 23, shade(coat, 1.3))
     draw.polygon([(186, 227), (214, 227), (200, 243)], fill=(214, 120, 130))
     draw.line((200, 243, 200, 256), fill=(70, 45, 45), width=4)
     draw.arc((172, 244, 200, 268), 0, 150, fill=(70, 45, 45), width=4)
     draw.arc((200, 244, 228, 268), 30, 180, fill=(70, 45, 45), width=4)
     whisker = (250, 250, 250) if sum(coat) < 480 else (60, 55, 55)
-    for side in (-1, 1):
-        for dy in (-14, 2, 18):
-            draw.line((200 + side * 40, 250 + dy * 0.4, 200 + side * rng.randint(140, 165), 246 + dy * 1.7), fill=whisker, width=3)
-    return animal
+    for side, dy in product((-1, 1), (-14, 2, 18)):
+        end = (200 + side * rng.randint(140, 165), 246 + dy * 1.7)
+        draw.line((200 + side * 40, 250 + dy * 0.4, *end), fill=whisker, width=3)
 
 
-def draw_dog(coat, rng):
-    animal = Image.new("RGBA", (UNIT, UNIT + 60))
-    draw = ImageDraw.Draw(animal)
-    draw_body(draw, coat, rng)
-    ellipse(draw, 200, 185, rng.randint(98, 110), rng.randint(104, 114), coat)
-    draw_coat_marks(animal, coat, rng, 175)
+def draw_dog(animal, draw, coat, rng):
+    draw_head(animal, coat, rng, (200, 185, rng.randint(98, 110), rng.randint(104, 114)), 175)
     ears, length = shade(coat, rng.choice([0.55, 0.7, 0.78])), rng.randint(82, 112)
     for side in (-1, 1):  # hanging ears
         ear = Image.new("RGBA", animal.size)
@@ -110,11 +92,10 @@ def draw_dog(coat, rng):
     draw.line((200, 244, 200, 276), fill=(45, 30, 30), width=5)
     draw.arc((152, 246, 200, 290), 10, 120, fill=(45, 30, 30), width=5)
     draw.arc((200, 246, 248, 290), 60, 170, fill=(45, 30, 30), width=5)
-    return animal
 
 
-def draw_scene(size, scene, rng):
-    """A wall and a floor, or sky and grass, with some round things out of focus."""
+def draw_picture(draw_animal, size, coat, scene, rng):
+    """An animal before a wall and a floor, or sky and grass, with some round things out of focus: an RGB PIL image."""
     (width, height), (top, bottom, horizon) = size, scene
     image = Image.new("RGB", size, shade(top, rng.uniform(0.85, 1.1)))
     draw = ImageDraw.Draw(image)
@@ -123,26 +104,27 @@ def draw_scene(size, scene, rng):
         r = rng.randint(10, width // 5)
         x, y, flat = rng.randint(0, width), rng.randint(0, height), rng.uniform(0.5, 1)
         ellipse(draw, x, y, r, r * flat, shade(rng.choice([top, bottom]), rng.uniform(0.7, 1.3)))
-    return image.filter(ImageFilter.GaussianBlur(width / 60))
+    image = image.filter(ImageFilter.GaussianBlur(width / 60))
 
-
-def draw_picture(draw_animal, size, coat, scene, rng):
-    """One picture: an RGB PIL image of the given (width, height)."""
-    image = draw_scene(size, scene, rng)
-    animal = draw_animal(coat, rng).rotate(rng.uniform(-14, 14), resample=Image.Resampling.BICUBIC, center=(200, 300))
+    animal = Image.new("RGBA", (UNIT, UNIT + 60))
+    draw = ImageDraw.Draw(animal)
+    ellipse(draw, 200, 405, rng.randint(95, 125), rng.randint(125, 145), shade(coat, 0.9))  # shoulders and chest
+    if rng.random() < 0.5:
+        ellipse(draw, 200, 400, 48, 90, shade(coat, 1.35))
+    draw_animal(animal, draw, coat, rng)
+    animal = animal.rotate(rng.uniform(-14, 14), resample=Image.Resampling.BICUBIC, center=(200, 300))
     side = int(min(size) * rng.uniform(0.85, 1.1))
     animal = animal.resize((side, side * (UNIT + 60) // UNIT), Image.Resampling.LANCZOS)
-    x = int((size[0] - side) * rng.uniform(0.3, 0.7)) if size[0] > side else (size[0] - side) // 2
-    image.paste(animal, (x, size[1] - animal.height + int(side * rng.uniform(0.08, 0.14))), animal)
-    noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 5, (size[1], size[0], 1))
+    x = int((width - side) * rng.uniform(0.3, 0.7)) if width > side else (width - side) // 2
+    image.paste(animal, (x, height - animal.height + int(side * rng.uniform(0.08, 0.14))), animal)
+    noise = np.random.default_rng(rng.randrange(2**32)).normal(0, 5, (height, width, 1))
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
 def main(folder):
     for draw_animal, name, seed in ((draw_cat, "cat", 1), (draw_dog, "dog", 2)):
         rng = random.Random(seed)
-        coats, sizes = rng.sample(COATS, 12), rng.sample(SIZES, 12)
-        scenes = rng.sample(SCENES * 2, 12)
+        coats, sizes, scenes = rng.sample(COATS, 12), rng.sample(SIZES, 12), rng.sample(SCENES * 2, 12)
         for i in range(12):
             place = folder / ("train" if i < 8 else "valid") / f"{name}s"
             place.mkdir(parents=True, exist_ok=True)

@@ -1,304 +1,223 @@
 """Faults 1 to 11: getting the dataset, from a local web server that misbehaves. The archive is a small one of the
 same form; its size, checksum and counts stand in for the real ones."""
+import contextlib
+import functools
+import gzip
 import hashlib
 import http.server
 import io
-import os
 import random
+import shutil
 import socket
 import struct
-import subprocess
-import sys
 import tarfile
 import threading
-import time
+from unittest import mock
 
 import pytest
-from conftest import ROOT, full_disk, message, script
+from conftest import full_disk, message, script
 
 import common
 
 data = script("01_data")
-UNPACKS = ".01_data-unpacks-here"
 COUNTS = {"train/cats": 3, "train/dogs": 3, "valid/cats": 2, "valid/dogs": 2, "test1": 2}
 
 
-def make_archive(counts=COUNTS, extra=()):
-    """A dogscats.tgz of about 3 MB: `counts` files of noise in each folder, and `extra` members, (TarInfo, bytes)."""
+def make_archive(*extra):
+    """A dogscats.tgz of 3 MB: COUNTS files of noise, and `extra` members; always the same bytes."""
     noise, buffer = random.Random(0), io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, count in counts.items():
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, count in COUNTS.items():
             for i in range(count):
                 member = tarfile.TarInfo(f"dogscats/{name}/{i}.jpg")
                 member.size = 250_000
                 tar.addfile(member, io.BytesIO(noise.randbytes(member.size)))
-        for member, content in extra:
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
+        for member in extra:
+            tar.addfile(member)
+    return gzip.compress(buffer.getvalue(), mtime=0)
+
+
+ARCHIVE, PART = make_archive(), "dogscats.tgz.part"
+PAGE = b"<html>Welcome to the cafe, please log in</html>"
+BODIES = {"page": PAGE, "page without length": PAGE, "another archive": ARCHIVE + bytes(1)}
+# What else may be wrong while the dataset is fetched
+nothing = contextlib.nullcontext()
+environment = functools.partial(mock.patch.dict, "os.environ")
+impatient = mock.patch("urllib.request.urlopen", functools.partial(data.urllib.request.urlopen, timeout=0.5))
+no_dns = mock.patch("socket.getaddrinfo", side_effect=socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.body in the way that server.mode says; knows Range, unless it is told not to."""
+    """Serves the archive, from a Range on if it is asked to, or what server.mode says: a status, or what goes wrong."""
+    log_message = mock.Mock()
 
     def do_GET(self):
-        server, body = self.server, self.server.body
-        asked = self.headers.get("Range")
-        server.ranges.append(asked)
-        mode = server.mode.pop(0) if len(server.mode) > 1 else server.mode[0]
-        if isinstance(mode, int):
-            return self.send_error(mode)
-        if mode == "page":
-            body, asked = b"<html>Welcome to the cafe, please log in</html>", None
-        if mode == "no range":
-            asked = None
-        if mode == "416" and asked:
-            return self.send_error(416)
-        start = int(asked[6:-1]) if asked else 0
-        self.send_response(206 if asked else 200)
-        if asked:
-            shift = 7 if mode == "other range" else 0
-            self.send_header("Content-Range", f"bytes {start + shift}-{len(body) - 1}/{len(body)}")
+        mode, asked, body = self.server.mode, self.headers.get("Range"), BODIES.get(self.server.mode, ARCHIVE)
+        self.server.ranges.append(asked)
+        start = int(asked[6:-1]) if asked and body is ARCHIVE and mode != "no range" else 0
+        if mode in (404, 500) or (mode == 416 and asked) or start >= len(body):
+            self.send_error(mode if isinstance(mode, int) else 416)
+            return
+        end = (start + len(body)) // 2 if mode in ("close", "reset", "stall") else len(body)
+        self.send_response(206 if start else 200)
+        if start:
+            told = start + 7 if mode == "other range" else start
+            self.send_header("Content-Range", f"bytes {told}-{len(body) - 1}/{len(body)}")
         if mode != "page without length":
-            self.send_header("Content-Length", str(len(body) - start))
-        else:
-            body = b"<html>Welcome to the cafe, please log in</html>"
+            self.send_header("Content-Length", len(body) - start)
         self.end_headers()
-        end = start + (len(body) - start) // 2 if mode in ("close", "reset", "stall") else len(body)
-        for i in range(start, end, 65536):
-            self.wfile.write(body[i:min(i + 65536, end)])
-            if mode == "slow":
-                time.sleep(0.04)
+        self.wfile.write(body[start:end])
         if mode == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         if mode == "stall":
-            server.stalled.wait(20)
-        return None
-
-    def log_message(self, *args):
-        pass
+            self.rfile.read(1)  # there is none: it waits until the other side gives up
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server on this machine, and a 01_data.py that takes its archive for the real one."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *args: None
-    server.body, server.mode, server.ranges, server.stalled = make_archive(), ["whole"], [], threading.Event()
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    server.url = f"http://127.0.0.1:{server.server_port}/dogscats.tgz"
-    use(monkeypatch, server.body)
-    monkeypatch.setenv("DOGSCATS_URL", server.url)
-    yield server
-    server.stalled.set()
-    server.shutdown()
-    server.server_close()
-
-
-def use(monkeypatch, archive):
-    monkeypatch.setattr(data, "SIZE", len(archive))
+    """A web server on this machine; for 01_data.py it is the second of two links, and its archive the real one."""
+    monkeypatch.setattr(data, "SIZE", len(ARCHIVE))
     monkeypatch.setattr(data, "UNPACKED", 4_000_000)
-    monkeypatch.setattr(data, "MD5_OF_FIRST_MIB", hashlib.md5(archive[:2**20]).hexdigest())
+    monkeypatch.setattr(data, "MD5_OF_FIRST_MIB", hashlib.md5(ARCHIVE[:2**20]).hexdigest())
     monkeypatch.setattr(data, "COUNTS", COUNTS)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.handle_error, server.mode, server.ranges = mock.Mock(), "whole", []
+        monkeypatch.setattr(data, "URLS", ["http://127.0.0.1:9/", f"http://127.0.0.1:{server.server_port}/x.tgz"])
+        monkeypatch.delenv("DOGSCATS_URL", raising=False)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
-def fails(folder, text=""):
+def fails(folder, *says):
+    """Getting the dataset ends in one line that `says` all this; returns the names of what it leaves."""
     with pytest.raises(common.UserError) as caught:
         data.get_dataset(folder / "dogscats", None)
-    assert text in str(caught.value) and "\n" not in str(caught.value) and str(folder) in str(caught.value)
-    assert not (folder / "dogscats").exists(), "half a dataset under the final name"
-    return str(caught.value)
+    text = str(caught.value)
+    assert all(part in text for part in (*says, str(folder))) and "\n" not in text, f"{says}: {text}"
+    return [path.name for path in folder.iterdir()]
 
 
 def works(folder):
     data.get_dataset(folder / "dogscats", None)
-    found = {name: len(os.listdir(folder / "dogscats" / name)) for name in COUNTS}
-    assert found == COUNTS and not (folder / UNPACKS).exists()
+    assert {name: len(list((folder / "dogscats" / name).iterdir())) for name in COUNTS} == COUNTS
+    assert sorted(path.name for path in folder.iterdir()) == ["dogscats", "dogscats.tgz"]
+    assert (folder / "dogscats.tgz").read_bytes() == ARCHIVE
 
 
 def test_download_and_never_again(server, tmp_path):
     works(tmp_path)
-    data.get_dataset(tmp_path / "dogscats", None)
+    works(tmp_path)
     assert server.ranges == [None]
     assert (tmp_path / "dogscats" / "train" / "cats" / "0.jpg").read_bytes() == random.Random(0).randbytes(250_000)
 
 
-def test_both_links_are_tried_https_first(server, tmp_path, monkeypatch):
-    assert [url.split(":")[0] for url in data.URLS] == ["https", "http"]
-    monkeypatch.delenv("DOGSCATS_URL")
-    monkeypatch.setattr(data, "URLS", ["http://127.0.0.1:9/", server.url])
-    works(tmp_path)
-
-
-@pytest.mark.parametrize("mode, says", [("close", "the connection closed after"), ("reset", "Run this again to go on")])
-def test_01_02_server_closes_or_resets_half_way(server, tmp_path, mode, says):
-    server.mode = [mode]
-    fails(tmp_path, says)
-    server.mode = ["whole"]
-    works(tmp_path)
-    assert mode == "reset" or server.ranges[1] == f"bytes={len(server.body) // 2}-"  # a reset may also lose what was sent
-
-
-def test_03_server_stalls(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("begun, mode, wrong, says, kept", [
+    pytest.param(0, "close", nothing, "the connection closed after", len(ARCHIVE) // 2, id="01 closes half-way"),
+    pytest.param(0, "reset", nothing, "", None, id="02 resets, which may also lose what was sent"),
+    pytest.param(0, "stall", impatient, "timed out", 2**20, id="03 stalls"),
+    pytest.param(0, 404, nothing, "404", 0, id="05 not found"),
+    pytest.param(0, 500, nothing, "500", 0, id="05 error of the server"),
+    pytest.param(0, "whole", environment(DOGSCATS_URL="http://127.0.0.1:9/mine"), "127.0.0.1:9/mine", 0, id="05 refused"),
+    pytest.param(0, "whole", environment(DOGSCATS_URL="nonsense"), "nonsense", 0, id="05 no URL"),
+    pytest.param(0, "whole", no_dns, "Name or service not known", 0, id="05 no DNS"),
+    pytest.param(0, "page", nothing, "not the archive", 0, id="06 web page"),
+    pytest.param(0, "page without length", nothing, "not the archive", 0, id="06 web page without length"),
+    pytest.param(0, "another archive", nothing, "not the archive", 0, id="06 another archive"),
+    pytest.param(1_500_000, "page", nothing, "not the archive", 1_500_000, id="06 web page when it goes on"),
+    pytest.param(1_500_000, "other range", nothing, "another part", 1_500_000, id="07 another part than asked for"),
+    pytest.param(0, "whole", full_disk(1_500_000), "bytes of room", 1_500_000, id="08 disk full")])
+def test_01_02_03_05_06_07_08_download_fails_and_goes_on(server, tmp_path, begun, mode, wrong, says, kept):
     assert socket.getdefaulttimeout() == 30
-    socket.setdefaulttimeout(0.5)
-    server.mode = ["stall"]
-    try:
-        fails(tmp_path, "timed out")
-    finally:
-        socket.setdefaulttimeout(30)
-    server.stalled.set()
-    server.mode = ["whole"]
+    part, server.mode = tmp_path / PART, mode
+    if begun:
+        part.write_bytes(ARCHIVE[:begun])
+    with wrong:
+        left = fails(tmp_path, "Run this again to go on", "save the file with a browser as", says)
+    size = part.stat().st_size if left else 0
+    assert left in ([], [PART]) and kept in (size, None)
+    server.mode = "whole"
     works(tmp_path)
-
-
-DRIVER = """
-import sys, importlib
-from pathlib import Path
-sys.path.insert(0, {root!r})
-data = importlib.import_module("01_data")
-data.SIZE, data.UNPACKED, data.MD5_OF_FIRST_MIB, data.COUNTS = {constants!r}
-data.get_dataset(Path({folder!r}) / "dogscats", None)
-"""
+    assert server.ranges[-1] == (f"bytes={size}-" if size else None)
 
 
 def test_04_killed_then_run_again(server, tmp_path):
-    server.mode, part = ["slow"], tmp_path / "dogscats.tgz.part"
-    constants = (data.SIZE, data.UNPACKED, data.MD5_OF_FIRST_MIB, data.COUNTS)
-    process = subprocess.Popen([sys.executable, "-c", DRIVER.format(root=str(ROOT), constants=constants,
-                                                                    folder=str(tmp_path))], stdout=subprocess.DEVNULL)
-    for _ in range(3000):
-        if part.exists() and part.stat().st_size > 1_000_000:
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "dogscats.tgz").exists()
-    server.mode = ["whole"]
-    works(tmp_path)
-    assert server.ranges[1].startswith("bytes=1")
+    """A kill leaves what the disk holds at that moment, here after the first MiB, as a copy keeps it."""
+    folder, killed = tmp_path / "stopped", tmp_path / "killed"
+
+    def progress(chunks, *args):
+        yield next(chunks)
+        shutil.copytree(folder, killed)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(data, "progress", progress), pytest.raises(KeyboardInterrupt):
+        data.get_dataset(folder / "dogscats", None)
+    assert [path.name for path in killed.iterdir()] == [PART]
+    works(killed)
+    assert server.ranges[-1] == f"bytes={2**20}-"
 
 
-@pytest.mark.parametrize("mode, url", [(404, None), (500, None), ("whole", "http://127.0.0.1:9/x.tgz"), ("whole", "nonsense")])
-def test_05_errors_of_the_server_or_none(server, tmp_path, monkeypatch, mode, url):
-    server.mode = [mode]
-    if url:
-        monkeypatch.setenv("DOGSCATS_URL", url)
-    assert "save the file with a browser as" in fails(tmp_path, url or str(mode))
-
-
-def test_05_no_dns(server, tmp_path, monkeypatch):
-    def getaddrinfo(*args, **kwargs):
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    fails(tmp_path, "Name or service not known")
-
-
-def test_05_both_links_refused_is_one_line(tmp_path, capsys):
+def test_05_both_links_refused_is_one_line_https_first(tmp_path, capsys):
     text = message("01_data.py", "--data-dir", tmp_path / "dogscats", "--output-dir", tmp_path / "out")
-    assert "https://s3.amazonaws.com" in text and "http://files.fast.ai" in text
+    assert text.index("https://s3.amazonaws.com") < text.index("http://files.fast.ai")
     assert "839,285,364 bytes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["page", "page without length", "whole"])
-def test_06_a_web_page_or_another_archive(server, tmp_path, mode):
-    server.mode, server.body = [mode], make_archive({"train/cats": 1})
-    fails(tmp_path, "not the archive")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_06_07_what_is_wrong_leaves_a_good_part_file_alone(server, tmp_path):
-    (tmp_path / "dogscats.tgz.part").write_bytes(server.body[:1_500_000])
-    for mode, says in (("page", "not the archive"), ("other range", "another part")):
-        server.mode = [mode]
-        fails(tmp_path, says)
-    server.mode = ["whole"]
+@pytest.mark.parametrize("left, content, mode, last_range", [
+    pytest.param(PART, ARCHIVE[:1_500_000], "no range", ["bytes=1500000-"], id="07 range ignored"),
+    pytest.param(PART, ARCHIVE[:1_500_000], 416, [None], id="07 range refused"),
+    pytest.param(PART, ARCHIVE, "whole", [], id="07 as long as the archive"),
+    pytest.param(PART, ARCHIVE + bytes(100), "whole", [None], id="07 longer"),
+    pytest.param(".01_data-unpacks-here/train/cats/x.jpg", b"x", "whole", [None], id="11 killed while unpacking")])
+def test_07_11_what_an_earlier_run_left(server, tmp_path, left, content, mode, last_range):
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_bytes(content)
+    server.mode = mode
     works(tmp_path)
-    assert server.ranges[-1] == "bytes=1500000-"
-
-
-@pytest.mark.parametrize("mode", ["no range", "416", "whole"])
-def test_07_range_ignored_or_refused(server, tmp_path, mode):
-    (tmp_path / "dogscats.tgz.part").write_bytes(server.body[:1_500_000])
-    server.mode = [mode]
-    works(tmp_path)
-    assert (tmp_path / "dogscats.tgz").read_bytes() == server.body
-
-
-@pytest.mark.parametrize("size", [0, 100])
-def test_07_part_file_as_long_as_the_archive_or_longer(server, tmp_path, size):
-    (tmp_path / "dogscats.tgz.part").write_bytes(server.body + bytes(size))
-    works(tmp_path)
-    assert (tmp_path / "dogscats.tgz").read_bytes() == server.body
+    assert server.ranges[-1:] == last_range
 
 
 def test_08_too_little_room_is_said_before_it_starts(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: common.argparse.Namespace(free=1_000_000))
-    fails(tmp_path, f"about {len(server.body) + 4_000_000:,} bytes are needed")
-    assert server.ranges == []
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: mock.Mock(free=1_000_000))
+    assert fails(tmp_path, f"about {len(ARCHIVE) + 4_000_000:,} bytes are needed") == server.ranges == []
 
 
-def test_08_disk_full_while_downloading(server, tmp_path):
-    with full_disk(1_500_000):
-        fails(tmp_path, "bytes of room")
-    works(tmp_path)
-    assert server.ranges[-1] == "bytes=1500000-"
+@pytest.mark.parametrize("name, kind", [
+    ("dogscats/../../outside", tarfile.REGTYPE), ("/outside", tarfile.REGTYPE), ("dogscats/C:outside", tarfile.REGTYPE),
+    ("dogscats\\..\\..\\outside", tarfile.REGTYPE), ("dogscats/a", tarfile.SYMTYPE), ("dogscats/b", tarfile.LNKTYPE),
+    ("dogscats/c", tarfile.CHRTYPE), ("dogscats/d", tarfile.FIFOTYPE)])
+def test_09_members_that_reach_outside(server, tmp_path, monkeypatch, name, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "../outside"
+    archive = make_archive(member)
+    (tmp_path / "dogscats.tgz").write_bytes(archive)
+    monkeypatch.setattr(data, "SIZE", len(archive))
+    assert fails(tmp_path, repr(name)) == ["dogscats.tgz"]
+    assert not (tmp_path.parent / "outside").exists()
 
 
-def test_08_disk_full_while_unpacking(server, tmp_path):
-    (tmp_path / "dogscats.tgz").write_bytes(server.body)
-    with full_disk(200_000):
-        fails(tmp_path, "4,000,000 bytes of room are needed")
-    assert [path.name for path in tmp_path.iterdir()] == ["dogscats.tgz"]
-    works(tmp_path)
-
-
-def member(name, kind=tarfile.REGTYPE, link=""):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, link
-    return info
-
-
-@pytest.mark.parametrize("bad", [
-    member("dogscats/../../outside"), member("/outside"), member("dogscats/a", tarfile.SYMTYPE, "/etc/passwd"),
-    member("dogscats/b", tarfile.LNKTYPE, "../outside"), member("dogscats/c", tarfile.CHRTYPE),
-    member("dogscats/d", tarfile.FIFOTYPE), member("dogscats\\..\\..\\outside"), member("dogscats/C:outside")],
-    ids=lambda info: info.name)
-def test_09_members_that_reach_outside(server, tmp_path, monkeypatch, bad):
-    server.body = make_archive(extra=[(bad, b"" if bad.type != tarfile.REGTYPE else b"x")])
-    use(monkeypatch, server.body)
-    (tmp_path / "in").mkdir()
-    fails(tmp_path / "in", repr(bad.name))
-    assert [path.name for path in tmp_path.rglob("*")] == ["in", "dogscats.tgz"]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "early end", "counts"])
-def test_10_damaged_archive(server, tmp_path, monkeypatch, damage):
-    body = bytearray(make_archive({**COUNTS, "valid/dogs": 1}) if damage == "counts" else server.body)
-    if damage == "truncated":
-        del body[2_000_000:]
-    elif damage != "counts":
-        body[2_000_000 if damage == "flipped" else -5] ^= 1  # -5: in gzip's own checksum
-    server.body = bytes(body)
-    use(monkeypatch, server.body)
-    fails(tmp_path, "valid/dogs holds 1 files, not 2" if damage == "counts" else "delete it, or move it away if you need it")
-    assert [path.name for path in tmp_path.iterdir()] == ["dogscats.tgz"]
-
-
-def test_11_killed_while_unpacking(server, tmp_path):
-    half = tmp_path / UNPACKS / "train" / "cats"
-    half.mkdir(parents=True)
-    (half / "0.jpg").write_bytes(b"half")
-    (half / "stray.jpg").write_bytes(b"left over")
-    (tmp_path / "dogscats.tgz").write_bytes(server.body)
-    works(tmp_path)
+@pytest.mark.parametrize("place, content, wrong, says", [
+    pytest.param(slice(2_000_000, None), b"", nothing, "size or checksum", id="10 truncated"),
+    pytest.param(slice(len(ARCHIVE), None), bytes(1), nothing, "size or checksum", id="10 longer"),
+    pytest.param(slice(4, 8), b"time", nothing, "size or checksum", id="10 other first MiB"),
+    pytest.param(slice(2_000_000, 2_000_100), bytes(100), nothing, "delete it", id="10 other bytes"),
+    pytest.param(slice(2_000_000, 3_000_000), bytes(1_000_000), nothing, "delete it", id="10 zeros"),
+    pytest.param(slice(-8, -4), bytes(4), nothing, "delete it", id="10 gzip's own checksum"),
+    pytest.param(slice(0, 0), b"", mock.patch.dict(COUNTS, test1=3), "test1 holds 2 files, not 3", id="10 too few files"),
+    pytest.param(slice(0, 0), b"", mock.patch.dict(COUNTS, new=8), "new holds 0 files, not 8", id="10 no such folder"),
+    pytest.param(slice(0, 0), b"", full_disk(200_000), "4,000,000 bytes of room are needed", id="08 disk full")])
+def test_08_10_unpacking_fails_and_leaves_the_archive(server, tmp_path, place, content, wrong, says):
+    archive = bytearray(ARCHIVE)
+    archive[place] = content
+    (tmp_path / "dogscats.tgz").write_bytes(archive)
+    with wrong:
+        assert fails(tmp_path, says) == ["dogscats.tgz"]
+    assert (tmp_path / "dogscats.tgz").read_bytes() == archive
 
 
 def test_a_folder_with_something_else_is_not_touched(server, tmp_path):
     (tmp_path / "dogscats").mkdir()
     (tmp_path / "dogscats" / "thesis.doc").write_text("mine")
-    with pytest.raises(common.UserError, match="lacks train or valid; move what is there away"):
-        data.get_dataset(tmp_path / "dogscats", None)
+    assert fails(tmp_path, "lacks train or valid; move what is there away") == ["dogscats"]
     assert server.ranges == [] and (tmp_path / "dogscats" / "thesis.doc").read_text() == "mine"
