@@ -217,7 +217,8 @@ def parse_options(parser):
     if args.sample:
         args.data_dir = args.data_dir / "sample" if (args.data_dir / "sample").is_dir() else HERE / "sample"
     if args.num_workers is None:  # one process decodes faster than a CPU runs VGG16, a GPU needs many
-        args.num_workers = 0 if args.sample else min(torch.get_num_threads(), 16) if torch.cuda.is_available() else 1
+        on_cpu = getattr(args, "device", "cpu") == "cpu" or not torch.cuda.is_available()
+        args.num_workers = 0 if args.sample else 1 if on_cpu else min(torch.get_num_threads(), 16)
     if hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
         # a path may hold what the console can't print; and a closed pipe is noticed at the next line
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)

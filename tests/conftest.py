@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "tests" / "small_vgg"
@@ -121,18 +122,10 @@ def json_of(path):
     return json.loads(path.read_text())
 
 
-class Stub(nn.Module):
-    """The least that a record needs of a network."""
-
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 1, 1))
-
-
 def record_of(dataset, model=None):
-    """What a result is made from, as the scripts write it."""
+    """What a result is made from, as the scripts write it; without a model, of the least that a record needs of one."""
     dsets = {x: datasets.ImageFolder(dataset / x, common.imagenet_format) for x in ("train", "valid")}
-    return common.made_from(common.identify(dsets), model or Stub())
+    return common.made_from(common.identify(dsets), model or SimpleNamespace(features=[nn.Conv2d(3, 1, 1)], state_dict=dict))
 
 
 def fake_results(folder, dataset, proba_dog, step="04", model=None, **metrics):

@@ -65,11 +65,7 @@ def test_bfloat16_takes_and_gives_float32(vgg):
     assert 0 < (log_proba.exp() - exact).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("has, notices", [(True, 0), (False, 1)])
-def test_slow_bfloat16_and_a_missing_device_are_said_before_the_work(monkeypatch, capsys, has, notices):
-    monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: has)
-    assert common.get_device("cpu", bf16=True) == torch.device("cpu")
-    assert capsys.readouterr().out.count("NOTICE: --bf16") == notices
+def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(common.UserError, match="--device cuda"):
         common.get_device("cuda")
@@ -155,6 +151,7 @@ def test_numbers_out_of_range_are_wrong_options(monkeypatch, tmp_path, capsys, o
 @pytest.mark.parametrize("options, threads, size, data_dir, workers", [
     ([], None, "full", "data/dogscats", 1), ([], 64, "full", "data/dogscats", 16),
     (["--limit", 100], 8, "limit-100", "data/dogscats", 8), (["--num-workers", 0], 8, "full", "data/dogscats", 0),
+    (["--device", "cpu"], 64, "full", "data/dogscats", 1),
     (["--sample"], None, "sample", "sample", 0), (["--sample"], 8, "sample", "sample", 0),
     (["--sample", "--num-workers", 3], None, "sample", "data/dogscats/sample", 3)])
 def test_folders_and_workers_by_default(monkeypatch, tmp_path, capsys, options, threads, size, data_dir, workers):

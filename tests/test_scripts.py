@@ -83,8 +83,13 @@ def test_files_are_the_contracts_and_no_others(outputs):
         assert 400 <= image.width <= 2000 and 200 <= image.height <= 2000 and np.asarray(image).std() > 1, name
     for name, of in (("03", "images, in 03_finetune_head.py"), ("04", "features")):
         metrics = json_of(outputs[0] / f"{name}_metrics.json")
-        assert metrics["pretrained"] and len(metrics["train_loss"]) == metrics["options"]["epochs"]
+        assert metrics["weights"] == "imagenet" and metrics["pretrained"] is True
         assert f"an epoch on {of}: {metrics['seconds_per_epoch']:.3f} s" in outputs[1]["04_precompute.py"]
+
+
+def test_cell_by_cell_gives_what_a_whole_run_gives(cells, outputs):
+    for name in ARRAYS:
+        assert np.array_equal(np.load(cells.folder / f"{name}.npy"), np.load(outputs[0] / f"{name}.npy")), name
 
 
 def test_untrained_weights_are_marked(tmp_path, figures, capsys):
@@ -149,11 +154,6 @@ def test_01_hears_its_options(photos, tmp_path, monkeypatch, figures, workers):
     train, _ = next(iter(DataLoader(Subset(see(photos / "train"), [0, 1, 2, 4, 5, 6]), batch_size=64, shuffle=True)))
     assert np.array_equal(np.load(tmp_path / "here" / "inputs_try.npy"), valid)
     assert np.array_equal(np.load(tmp_path / "here" / "labels_try.npy"), labels) and torch.equal(names["inputs"], train)
-
-
-def test_02_gives_the_probabilities_of_the_first_batch(outputs):
-    probs = outputs_of(common.load_vgg16("imagenet").eval(), SAMPLE / "valid")[:5].softmax(dim=1)
-    assert np.allclose(np.load(outputs[0] / "probs_try.npy"), probs, atol=1e-4)
 
 
 @pytest.mark.parametrize("name, layer", [
@@ -250,11 +250,12 @@ def test_show_opens_each_figure_that_is_saved(cells):
 
 
 def test_pictures_stand_under_their_own_titles(cells):
-    probs = np.load(cells.folder / "probs_try.npy")
     assert in_grid(cells.figures["01_valid_batch.png"]) == [(path, path.parent.name) for path in VALID[:5]]
     train, in_order = in_grid(cells.figures["01_train_batch.png"]), sorted((SAMPLE / "train").rglob("*.jpg"))[:8]
     assert len(train) == 8 and all(path.parent.name == name for path, name in train)
     assert [path for path, _ in train] != in_order  # they are shuffled
+    probs = outputs_of(common.load_vgg16("imagenet").eval(), SAMPLE / "valid")[:5].softmax(dim=1).numpy()
+    assert np.allclose(np.load(cells.folder / "probs_try.npy"), probs, atol=1e-4)
     answers = np.array(common.IMAGENET.meta["categories"])[probs.argmax(axis=1)]
     assert in_grid(cells.figures["02_predictions.png"]) == [
         (path, f"true: {path.parent.name[:-1]}\n{answer}\n{p:.3f}")
@@ -316,7 +317,6 @@ def test_defaults_are_the_contracts_and_help_is_a_manual(monkeypatch, capsys, na
     assert {option: found[option] for option in defaults} == defaults
 
 
-# ------------------------------------------------------------------------------------------------------ the repository
 def test_nothing_but_the_contract_at_the_top_level():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
@@ -343,7 +343,6 @@ def test_03_as_the_readme_runs_it_gives_the_lectures_numbers(real_run):
     printed = process.communicate(timeout=240)[0]
     assert process.returncode == 0, printed
     assert "134,260,544 frozen numbers" in printed and "8,194" in printed and "102,764,544" in printed
-
     with small_vgg.real():
         model = plain_vgg(weights)
     model.classifier[6].load_state_dict(torch.load(folder / "03_head.pt", weights_only=True))
