@@ -40,9 +40,7 @@ def pytest_unconfigure(config):
     shutil.rmtree(os.environ["TORCH_HOME"])
 
 
-def script(name):
-    """A script as a module: its functions, without running its body."""
-    return importlib.import_module(name)
+script = importlib.import_module  # a script as a module: its functions, without running its body
 
 
 def run_here(name, *options, edits=None):
@@ -61,25 +59,21 @@ def run_here(name, *options, edits=None):
     return variables
 
 
-def message(name, *options, one_line=True):
-    """What a user reads on stderr when a script, or a function, fails: one line and no more, in this process."""
+def message(name, *options):
+    """What a user reads on stderr when a script, or a function, fails in this process: one line and no more."""
     stderr = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace", write_through=True)
     with contextlib.redirect_stderr(stderr):
         try:
             name(*options) if callable(name) else run_here(name, *options)
         except Exception as error:
             common.report(type(error), error, error.__traceback__)
-    text = stderr.buffer.getvalue().decode()
-    if one_line:
-        assert_one_line(text)
-    return text
+    return assert_one_line(stderr.buffer.getvalue().decode())
 
 
 def assert_one_line(stderr):
-    assert "Traceback" not in stderr
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), stderr
-    assert lines[0].isascii()
+    line, = filter(str.strip, stderr.splitlines())
+    assert line.startswith("error: ") and line.isascii()
+    return line
 
 
 @contextlib.contextmanager
@@ -93,7 +87,7 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def make_dataset(folder, train=3, valid=2, test1=0):
+def make_dataset(folder, train=3, valid=2):
     """A small dataset in the lecture's layout: bright noise for cats, dark noise for dogs."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("valid", valid)):
@@ -103,17 +97,14 @@ def make_dataset(folder, train=3, valid=2, test1=0):
             for i in range(count):
                 pixels = rng.integers(level, level + 90, (240, 260, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(place / f"{name}.{i}.jpg")
-    for i in range(1, test1 + 1):
-        (folder / "test1").mkdir(exist_ok=True)
-        shutil.copy(folder / "valid" / "cats" / "cat.0.jpg", folder / "test1" / f"{i}.jpg")
     return folder
 
 
-def save_weights(home, seed=1):
+def save_weights(home):
     """Seeded random numbers in the place and the form of VGG16's ImageNet weights below a TORCH_HOME; their path."""
     path = home / "hub" / "checkpoints" / "vgg16-397923af.pth"
     path.parent.mkdir(parents=True)
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     torch.save(models.vgg16().state_dict(), path, _use_new_zipfile_serialization=False)  # as the real file
     return path
 
@@ -146,13 +137,10 @@ def analyse(dataset, folder, *options):
 
 def keep_figures(patch):
     """From now on figures are kept as they are, {file name: Figure}, instead of being painted into files."""
-    figures, save = {}, common.save
+    figures, save = {}, common.save  # a figure is saved by itself
 
     def keep(folder, files):
-        figures.update({name: content for name, content in files.items() if name.endswith(".png")})
-        others = {name: content for name, content in files.items() if not name.endswith(".png")}
-        if others:
-            save(folder, others)
+        figures.update(files) if ".png" in str(files) else save(folder, files)
 
     patch.setattr(common, "save", keep)
     return figures
@@ -175,14 +163,9 @@ def vgg_file():
     return save_weights(Path(os.environ["TORCH_HOME"]))
 
 
-@pytest.fixture(scope="session")
-def torch_home(vgg_file):
-    return vgg_file.parent.parent.parent
-
-
 @pytest.fixture
 def vgg(vgg_file):
-    """The small VGG16 with the weights in torch_home and a seeded new last layer, in eval mode."""
+    """The small VGG16 with the weights of vgg_file and a seeded new last layer, in eval mode."""
     model = common.load_vgg16("imagenet")
     torch.manual_seed(0)
     return common.freeze_and_replace_head(model).eval()
@@ -207,15 +190,13 @@ def real_run(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def outputs(torch_home, tmp_path_factory):
+def outputs(vgg_file, tmp_path_factory):
     """The five scripts, run in their order on the bundled sample: the folder of results, and what each printed."""
     folder, printed = tmp_path_factory.mktemp("outputs"), {}
-    photo = ROOT / "sample" / "valid" / "dogs" / "dog.8.jpg"
-    options = {"01_data.py": [], "02_vgg_imagenet.py": ["--zero-shot", "--image", photo], "03_finetune_head.py": [],
-               "04_precompute.py": ["--epochs", 3], "05_analysis.py": ["--image", photo]}
-    for name, more in options.items():
-        stdout = io.StringIO()
-        with contextlib.redirect_stdout(stdout):
-            run_here(name, "--sample", "--output-dir", folder, *more)
+    photo = ["--image", ROOT / "sample" / "valid" / "dogs" / "dog.8.jpg"]
+    for name, options in {"01_data.py": [], "02_vgg_imagenet.py": ["--zero-shot", *photo], "03_finetune_head.py": [],
+                          "04_precompute.py": ["--epochs", 3], "05_analysis.py": photo}.items():
+        with contextlib.redirect_stdout(io.StringIO()) as stdout:
+            run_here(name, "--sample", "--output-dir", folder, *options)
         printed[name] = stdout.getvalue()
     return folder, printed

@@ -18,7 +18,6 @@ from torchvision import datasets, transforms
 import common
 
 
-# --------------------------------------------------------------------------------------------------- images and VGG16
 @pytest.fixture(autouse=True)
 def figures_are_closed():
     yield
@@ -71,7 +70,6 @@ def test_a_device_that_is_not_there(monkeypatch):
         common.get_device("cuda")
 
 
-# ---------------------------------------------------------------------------------------------- training and testing
 INPUTS = torch.randn(37, 8, generator=torch.Generator().manual_seed(1))
 CLASSES = (INPUTS[:, 0] > 0).long()
 BATCHES = list(zip(INPUTS.split(10), CLASSES.split(10), strict=True))  # the last one has 7 images
@@ -124,7 +122,6 @@ def test_testing_is_plain_torch_without_dropout(capsys):
     assert not model.training
 
 
-# ----------------------------------------------------------------------------------------------- options and headings
 def parse(patch, here, *options, program="03_finetune_head.py"):
     """parse_options with what the scripts' own parsers add, for scripts that lie in the folder `here`."""
     parser = common.option_parser("doc")
@@ -198,7 +195,6 @@ def test_progress_in_a_log_is_a_few_lines_and_none_for_quick_work(monkeypatch, c
     assert first.split() == ["3%,", "15", "images,", "0.5", "images/s,", "0:16:10", "left"] and 2 <= len(lines) <= 5
 
 
-# ------------------------------------------------------------------------------ datasets, and what a result hangs on
 @pytest.mark.parametrize("n, train, valid", [
     (2, (1, 1), (1, 1)), (11, (5, 6), (1, 1)), (50, (25, 25), (2, 3)), (100, (30, 40), (5, 5)), (10**6, (30, 40), (9, 9))])
 def test_limit_keeps_half_of_each_class_evenly_spaced(n, train, valid):
@@ -252,7 +248,6 @@ def test_the_record_sees_the_frozen_layers_and_the_precision(vgg):
     assert common.differences(record, now) == "frozen layers and precision"
 
 
-# ------------------------------------------------------------------------------------------------ results and figures
 def test_results_are_saved_before_the_test_and_after_it(vgg, tmp_path):
     args = Namespace(output_dir=tmp_path, data_dir=tmp_path, weights="imagenet")
     history = [(0.7, 0.5, 2.0), (0.6, 0.75, 6.0)]

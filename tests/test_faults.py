@@ -15,7 +15,6 @@ from argparse import Namespace
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -46,11 +45,6 @@ def raise_(error):
     raise error
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-# ------------------------------------------------------------------------------------------------- weights and heads
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """Where the ImageNet weights are kept: a folder of this test's own, without them."""
@@ -61,7 +55,7 @@ def cached(tmp_path, monkeypatch):
 
 def test_12_no_network_full_run(cached, options, out):
     text = message("03_finetune_head.py", *options)
-    assert str(cached) in text and "--weights" in text and names(out) == []
+    assert str(cached) in text and "--weights" in text and sorted(os.listdir(out)) == []
 
 
 def test_13_no_network_sample(cached, tmp_path, out, figures, capsys):
@@ -91,14 +85,19 @@ class Payload:
         return open, (str(self.mark), "w")
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_15_weights_that_run_code(tmp_path, zipped):
-    torch.save({"features.0.weight": Payload(tmp_path / "mark")}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
-    assert "unsafe" in message(common.load_vgg16, tmp_path / "w.pth") and not (tmp_path / "mark").exists()
+@pytest.mark.parametrize("name", ["zipped.pt", "legacy.pt", "pickle.pt", "x.npy", "x.json", "list.json"])
+def test_15_29_files_that_run_code_or_are_no_result(tmp_path, name):
+    mark, path = tmp_path / "mark", tmp_path / name
+    if name in ("zipped.pt", "legacy.pt"):
+        torch.save({"features.0.weight": Payload(mark)}, path, _use_new_zipfile_serialization=name == "zipped.pt")
+    elif name == "x.npy":
+        np.save(path, np.array([Payload(mark)], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(b"[1, 2]" if name == "list.json" else pickle.dumps(Payload(mark)))
+    assert f"{path} is damaged or unsafe" in message(common.load, path, "run that") and not mark.exists()
 
 
-@pytest.mark.parametrize("state", [{"weight": torch.zeros(3, 4096), "bias": torch.zeros(3)}, {"weight": 1}, [1, 2],
-                                   {"weight": torch.zeros(2, 4096)}, {"weight": 1, "bias": 2}])
+@pytest.mark.parametrize("state", [{"weight": torch.zeros(3, 4096), "bias": torch.zeros(3)}, [1, 2], {"weight": 1, "bias": 2}])
 def test_16_another_network_or_a_head_of_another_shape(tmp_path, state):
     torch.save(state, tmp_path / "x.pt")
     for module, name in ((nn.Linear(4096, 2), "Linear"), (models.squeezenet1_0(), "SqueezeNet")):
@@ -111,11 +110,10 @@ def test_weights_are_downloaded_whole_or_not_at_all(cached, tmp_path, monkeypatc
     monkeypatch.setattr(common.IMAGENET.value, "url", source.as_uri())
     for problem in ("can't be downloaded", "hash"):
         assert problem in message(common.choose_weights, Namespace(weights="imagenet", sample=False))
-        assert names(cached.parent) == []
+        assert sorted(os.listdir(cached.parent)) == []
         source.write_bytes(b"not the weights")
 
 
-# ------------------------------------------------------------------------------------------------------------ images
 @pytest.mark.parametrize("workers", [0, 2])
 def test_17_truncated_jpeg(dataset, options, workers):
     path = dataset / "valid" / "cats" / "cat.1.jpg"
@@ -137,17 +135,18 @@ def test_18_what_is_no_image(tmp_path, name, content):
 
 @pytest.mark.parametrize("place", ["train/.ipynb_checkpoints", "valid/birds"])
 def test_19_another_folder(dataset, place):
-    shutil.copytree(dataset / "train" / "cats", dataset / place)
+    (dataset / place).mkdir()
     assert f"error: {(dataset / place).parent}: an unexpected, missing or empty class" in message(common.check_dataset, dataset)
 
 
-@pytest.mark.parametrize("folder, says", [("train/cats", "missing or empty class"), ("valid", "run python 01_data.py")])
-def test_20_classes_missing_or_empty(dataset, folder, says):
-    shutil.rmtree(dataset / folder)
-    assert says in message(common.check_dataset, dataset)
-    (dataset / folder).mkdir()
-    (dataset / folder / "notes.txt").write_text("no image")
-    assert f"error: {dataset / folder.split('/')[0]}: an unexpected, missing or empty class" in message(common.check_dataset, dataset)
+def test_20_classes_missing_or_empty(dataset):
+    shutil.rmtree(dataset / "train" / "cats")
+    assert f"error: {dataset / 'train'}: an unexpected, missing or empty class" in message(common.check_dataset, dataset)
+    (dataset / "train" / "cats").mkdir()
+    (dataset / "train" / "cats" / "notes.txt").write_text("no image")
+    assert f"error: {dataset / 'train'}: an unexpected, missing or empty class" in message(common.check_dataset, dataset)
+    shutil.rmtree(dataset / "train")
+    assert f"error: {dataset / 'train'} is missing: run python 01_data.py" in message(common.check_dataset, dataset)
 
 
 def test_21_all_kinds_of_images(tmp_path):
@@ -163,16 +162,12 @@ def test_21_all_kinds_of_images(tmp_path):
         assert name == "one.png" or np.abs(np.asarray(loaded)[..., 0].astype(int) - grey).mean() < 4, name
 
 
-def kill_worker(batch):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @posix
 def test_23_a_worker_is_killed():
-    assert "--num-workers 0" in message(lambda: list(DataLoader(range(4), num_workers=1, collate_fn=kill_worker)))
+    loader = DataLoader(range(4), num_workers=1, collate_fn=lambda batch: os.kill(os.getpid(), signal.SIGKILL))
+    assert "--num-workers 0" in message(list, loader)
 
 
-# ---------------------------------------------------------------------------------------------------------- features
 RECORD = {"transform": "t", "train images": "i", "frozen layers": "f", "precision": "p"}
 ROWS = np.random.default_rng(0).normal(size=(60, 4, 7, 7)).astype(np.float32)
 
@@ -207,7 +202,6 @@ def test_24_killed_in_the_middle_of_the_features(tmp_path, out, figures, monkeyp
     with pytest.raises(Killed):  # the first batch to validate had 4 images, two and a half batches to train 20
         run_here("04_precompute.py", *options)
     part, = out.iterdir()
-    assert re.fullmatch(r"conv_feat_train\.\w{16}\.part", part.name)
     os.truncate(part, part.stat().st_size - 6 * 512 * 49)
 
     loaded.clear()
@@ -233,23 +227,21 @@ def test_25_disk_full_while_writing_features(path):
         text = message(keep, path)
     assert str(path.parent / "conv_feat_train.") in text and "mend that" in text and not path.exists()
     rows, made = keep(path)
-    assert made == 60 - 32 and np.array_equal(rows, ROWS) and names(path.parent) == ["conv_feat_train.json", path.name]
+    assert made == 60 - 32 and np.array_equal(rows, ROWS) and sorted(os.listdir(path.parent)) == ["conv_feat_train.json", path.name]
 
 
 def test_25_disk_full_while_saving_results(tmp_path):
     """All of a set or none of it: the old files stay as they were, and no part file stays."""
     def results(value):
-        return {"a.npy": np.full(3000, value), "f.png": plt.figure(), "b.pt": {"x": torch.full((8000,), value)},
-                "m.json": {"value": value}}
+        return {"a.npy": np.full(3000, value), "b.pt": {"x": torch.full((8000,), value)}, "m.json": {"value": value}}
 
     common.save(tmp_path, results(1.0))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(before) == {"a.npy", "f.png", "b.pt", "m.json"}
+    assert set(before) == {"a.npy", "b.pt", "m.json"}
     for size, name in ((5, "a.npy"), (1000, "a.npy"), (24_200, "b.pt")):
         with full_disk(size):
             assert f"error: {tmp_path / name}: " in message(common.save, tmp_path, results(2.0))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    plt.close("all")
 
 
 def test_25_half_a_set_of_results_has_no_metrics(tmp_path, monkeypatch):
@@ -259,7 +251,7 @@ def test_25_half_a_set_of_results_has_no_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if "a.json" in str(b) else raise_(Killed))
     with pytest.raises(Killed):
         common.save(tmp_path, {"a.json": {"a": 2}, "m.json": {"m": 2}})
-    assert json_of(tmp_path / "a.json") == {"a": 2} and names(tmp_path) == ["a.json"]
+    assert json_of(tmp_path / "a.json") == {"a": 2} and sorted(os.listdir(tmp_path)) == ["a.json"]
 
 
 @pytest.mark.parametrize("field", RECORD)
@@ -285,36 +277,20 @@ def test_26_new_features_never_go_by_an_old_record(path, monkeypatch):
     assert keep(path)[1] == 60 and np.array_equal(np.load(path), ROWS)
 
 
-# ----------------------------------------------------------------------------------------------------------- results
-def test_27_predictions_that_do_not_fit(dataset, options, out):
+def test_27_28_predictions_that_do_not_fit_or_are_missing(dataset, options, out):
+    assert "03_metrics.json is missing: run python 03_finetune_head.py" in message("05_analysis.py", *options)
     fake_results(out, dataset, [0.1, 0.2, 0.7, 0.4])
     common.save(out, {"04_metrics.json": {"made_from": record_of(dataset)}})
     assert f"{out / '04_metrics.json'}: stopped before the test; run python 04" in message("05_analysis.py", *options)
     shutil.copy(dataset / "train" / "cats" / "cat.1.jpg", dataset / "valid" / "cats" / "cat.1.jpg")
     assert f"{out / '04_predictions.npy'}: made with other valid images; run" in message("05_analysis.py", *options)
-    assert not list(out.glob("05_*"))
-
-
-def test_28_a_step_whose_input_is_missing(dataset, options, out):
-    assert "03_metrics.json is missing: run python 03_finetune_head.py" in message("05_analysis.py", *options)
-    fake_results(out, dataset, [0.1, 0.2, 0.7, 0.4])
     (out / "04_all_proba.npy").unlink()
     assert "04_all_proba.npy is missing: run python 04_precompute.py" in message("05_analysis.py", *options)
+    assert not list(out.glob("05_*"))
     for name in ("02_vgg_imagenet.py", "03_finetune_head.py", "04_precompute.py", "05_analysis.py"):
         assert "run python 01_data.py" in message(name, "--data-dir", out / "none", "--output-dir", out)
 
 
-@pytest.mark.parametrize("name", ["x.npy", "x.pt", "x.json", "list.json"])
-def test_29_files_with_a_pickle_inside(tmp_path, name):
-    mark, path = tmp_path / "mark", tmp_path / name
-    if name == "x.npy":
-        np.save(path, np.array([Payload(mark)], dtype=object), allow_pickle=True)
-    else:
-        path.write_bytes(b"[1, 2]" if name == "list.json" else pickle.dumps(Payload(mark)))
-    assert f"{path} is damaged or unsafe" in message(common.load, path, "run that") and not mark.exists()
-
-
-# ----------------------------------------------------------------------------------------------------- how a run ends
 @posix
 def test_30_ctrl_c_with_workers_keeps_the_part_file(tmp_path, out):
     """The signal goes to the whole process group, as from a terminal; what a shell starts in the background ignores it."""
@@ -331,14 +307,15 @@ def test_30_ctrl_c_with_workers_keeps_the_part_file(tmp_path, out):
     assert (process.returncode, stderr.strip()) == (130, "stopped by Ctrl-C"), stdout + stderr
     with pytest.raises(ProcessLookupError):  # no orphan workers
         os.killpg(process.pid, 0)
-    part, = out.iterdir()
-    assert re.fullmatch(r"conv_feat_train\.\w{16}\.part", part.name) and part.stat().st_size > two_batches
+    assert re.fullmatch(r"conv_feat_train\.\w{16}\.part", *os.listdir(out))
 
 
 def test_31_spawn_start_method(tmp_path, out, figures, monkeypatch, vgg, capfd):
     """As on macOS and Windows: a worker is a new Python that imports the script, finds its functions, and doesn't run it."""
-    dataset, main = make_dataset(tmp_path / "data set", train=1, valid=2, test1=3), types.ModuleType("__main__")
+    dataset, main = make_dataset(tmp_path / "data set", train=1, valid=2), types.ModuleType("__main__")
     started, spawn = [], SpawnProcess._Popen
+    (dataset / "test1").mkdir()
+    shutil.copy(dataset / "valid" / "cats" / "cat.0.jpg", dataset / "test1" / "1.jpg")
     fake_results(out, dataset, [0.1, 0.2, 0.7, 0.4], model=vgg)
     analyse(dataset, out, "--submission")
     alone = (out / "submission.csv").read_bytes()
@@ -363,9 +340,8 @@ def test_22_32_console_that_can_not_print_non_ascii(tmp_path):
     Image.new("1", (12_000, 12_000)).save(dataset / "valid" / "cats" / "cat.0.png")
     command = [sys.executable, ROOT / "01_data.py", "--data-dir", dataset, "--output-dir", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
-    assert_one_line(done.stderr)
-    assert done.returncode == 1 and "M\\xfcller" in done.stdout
-    assert "M\\xfcller" in done.stderr and "cat.0.png: can't be read as a picture" in done.stderr
+    line = assert_one_line(done.stderr)
+    assert done.returncode == 1 and all("M\\xfcller" in text for text in (done.stdout, line)) and "cat.0.png: can't be read" in line
 
 
 @pytest.mark.parametrize("proba_dog, loss", [([0.0, 0.1, 0.9, 1.0], "0.0552"), ([1.0, 0.9, 0.1, 0.0], "3.8005")])
@@ -376,7 +352,6 @@ def test_33_no_correct_or_no_incorrect_predictions(dataset, tmp_path, figures, c
     assert printed.err == "" and len(figures) == 9 and f"log loss, clipped   {loss}" in printed.out
 
 
-# ---------------------------------------------------------------------------------- found by trying to break it: 34 on
 def test_34_a_layer_below_the_last_one_trained(dataset, options, out, figures, capsys):
     """The README's exercise: 04 has other layers below than 03's head was trained on, and so has 05."""
     run_here("03_finetune_head.py", *options, "--epochs", 1, "--lr", 0.1, edits={
@@ -426,14 +401,13 @@ def test_34_05_uses_a_head_only_where_all_is_the_same(dataset, options, out, vgg
 def test_35_the_transform_changed(options, out, figures, monkeypatch, capsys):
     for name in ("03_finetune_head.py", "04_precompute.py"):
         run_here(name, *options, "--epochs", 1)
-    before = np.load(out / "conv_feat_train.npy")
     monkeypatch.setattr(common, "imagenet_format", transforms.Compose([transforms.Resize(256), *common.imagenet_format.transforms]))
     for step in ("03", "04"):
         assert f"{step}_predictions.npy: made with other transform" in message("05_analysis.py", *options, "--step", step)
     capsys.readouterr()
     run_here("04_precompute.py", *options, "--epochs", 1)
     assert capsys.readouterr().out.count("was made from other transform: computing it again") == 2
-    assert not np.allclose(before, np.load(out / "conv_feat_train.npy")) and not json_of(out / "04_metrics.json")["from_03_head"]
+    assert not json_of(out / "04_metrics.json")["from_03_head"]
     run_here("05_analysis.py", *options)
 
 
@@ -444,7 +418,7 @@ def test_36_what_this_program_did_not_make_is_left_as_it_is(tmp_path):
     text = message(data.get_dataset, tmp_path / "dogscats", None)
     assert str(tmp_path / "dogscats.tgz") in text and "move it away" in text
     assert all((tmp_path / name).read_text() == "mine" for name in ("dogscats.part/thesis.doc", "dogscats.tgz"))
-    assert names(tmp_path) == ["dogscats.part", "dogscats.tgz"]
+    assert sorted(os.listdir(tmp_path)) == ["dogscats.part", "dogscats.tgz"]
 
 
 @pytest.mark.parametrize("fault", ["deleted", "changed"])
@@ -489,8 +463,7 @@ def test_38_an_output_folder_that_can_not_be_made(tmp_path, name):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "results"):
         text = message(name, "--data-dir", tmp_path / "none", "--output-dir", folder)
-        assert f"error: {folder}: " in text and "take another folder" in text
-    assert not (tmp_path / "none").exists()
+        assert f"error: {folder}: " in text and "take another folder" in text and not (tmp_path / "none").exists()
 
 
 def test_39_weights_saved_from_a_channels_last_model(vgg_file, dataset, options, tmp_path, figures):
@@ -503,11 +476,9 @@ def test_39_weights_saved_from_a_channels_last_model(vgg_file, dataset, options,
 def test_an_edit_of_what_is_computed_once(options, out, figures, capsys):
     """Features of the same shape by other layers: fc6 in place of fc7. They are made again, and it is said."""
     run_here("04_precompute.py", *options, "--layer", "fc7", "--epochs", 1)
-    before = np.load(out / "fc7_feat_valid.npy")
     run_here("04_precompute.py", *options, "--layer", "fc7", "--epochs", 1, edits={
         "model_vgg.classifier[:6])\n": "model_vgg.classifier[:2], nn.Linear(64, 4096))\n"})
-    assert "was made from other network" in capsys.readouterr().out
-    assert not np.allclose(before, np.load(out / "fc7_feat_valid.npy"))
+    assert capsys.readouterr().out.count("was made from other network: computing it again") == 2
 
 
 def test_a_record_of_any_network(vgg):
@@ -519,33 +490,16 @@ def test_a_record_of_any_network(vgg):
 
 
 @posix
-def test_40_a_dangling_link_among_the_images(dataset, options):
+def test_40_43_a_dangling_link_or_a_folder_among_the_images(dataset, options):
     bad = dataset / "valid" / "dogs" / "dog.9.jpg"
     bad.symlink_to("nowhere.jpg")
     for name in ("01_data.py", "04_precompute.py", "05_analysis.py"):
-        assert f"error: {bad}: " in message(name, *options)
+        assert f"error: {bad}: a folder, or a link to nothing" in message(name, *options)
     bad.unlink()
     bad.symlink_to("dog.0.jpg")  # to something is fine
     common.check_dataset(dataset)
-
-
-@posix
-@pytest.mark.parametrize("hard_links", [True, False])
-def test_41_a_kaggle_folder_of_relative_links(tmp_path, monkeypatch, hard_links):
-    if not hard_links:
-        monkeypatch.setattr(os, "link", lambda *args: raise_(OSError("another file system")))
-    kaggle, store, deep = tmp_path / "kaggle" / "train", tmp_path / "store", tmp_path / "deep" / "er" / "dogscats"
-    kaggle.mkdir(parents=True)
-    store.mkdir()
-    for name in ("cat.0.jpg", "cat.1.jpg", "dog.0.jpg", "dog.1.jpg"):
-        (store / name).write_text(name)
-        (kaggle / name).symlink_to(Path("..", "..", "store", name))
-    data.get_dataset(deep, kaggle.parent)
-    made = [*deep.glob("train/*/*"), *deep.glob("valid/*/*")]
-    assert len(made) == 4 and all(path.read_text() == path.name and not path.is_symlink() for path in made)
-    (store / "dog.0.jpg").unlink()
-    assert str(store / "dog.0.jpg") in message(data.get_dataset, tmp_path / "again", kaggle.parent)
-    assert names(tmp_path) == ["deep", "kaggle", "store"]
+    (dataset / "train" / "cats" / "@eaDir").mkdir()
+    assert f"error: {dataset / 'train' / 'cats' / '@eaDir'}: a folder" in message(common.check_dataset, dataset)
 
 
 @pytest.mark.parametrize("error", [struct.error("unpack requires"), TypeError("'int'"), MemoryError()])
@@ -554,20 +508,13 @@ def test_42_damaged_exif_data_in_a_photo_of_ones_own(tmp_path, monkeypatch, erro
     monkeypatch.setattr(common.ImageOps, "exif_transpose", lambda image: raise_(error))
     photo = ROOT / "sample" / "valid" / "cats" / "cat.8.jpg"
     for name in ("02_vgg_imagenet.py", "05_analysis.py"):
-        text = message(name, "--sample", "--output-dir", tmp_path, "--image", photo)
+        text = message(name, "--data-dir", tmp_path / "none", "--output-dir", tmp_path, "--image", photo)
         assert f"error: {photo}: can't be read as a picture" in text
     common.load_image(photo)  # in the dataset EXIF data are not used
 
 
-@pytest.mark.parametrize("place", ["train/cats/.ipynb_checkpoints", "valid/dogs/@eaDir"])
-def test_43_folders_inside_a_class(dataset, place):
-    (dataset / place).mkdir()
-    assert f"error: {dataset / place}: a folder" in message(common.check_dataset, dataset)
-
-
 @pytest.mark.parametrize("error, says", [
-    (OSError(24, "Too many open files", "x.npy"), "x.npy: Too many open files"),
-    (FileExistsError(17, "File exists", "outputs"), "outputs: File exists"), (OSError("strange"), "a file: strange")])
+    (OSError(24, "Too many open files", "x.npy"), "x.npy: Too many open files"), (OSError("strange"), "a file: strange")])
 def test_44_an_error_of_the_system_says_what_is_wrong(error, says):
     text = message(raise_, error)
     assert f"error: {says}; mend that" in text and "room" not in text
@@ -611,22 +558,12 @@ def test_46_the_speed_of_a_resumed_run(path, monkeypatch, stop):
 
 @pytest.mark.parametrize("field", [None, "no record", *FIELDS])
 def test_48_a_zero_shot_result_made_from_something_else(dataset, out, figures, capsys, field):
-    """Or by the scripts as they were before there were records."""
     made_from = fake_results(out, dataset, [0.1, 0.2, 0.7, 0.4])
     if field in FIELDS:
         made_from[field] = "another"
     common.save(out, {"02_zero_shot.json": {"valid_accuracy": 0.8125} | ({} if field == "no record" else {"made_from": made_from})})
     analyse(dataset, out)
     assert ("0.8125" in capsys.readouterr().out) == (field is None)
-
-
-@pytest.mark.parametrize("name", ["02_vgg_imagenet.py", "05_analysis.py"])
-def test_49_image_given_twice(dataset, tmp_path, monkeypatch, name):
-    opened, load_image = [], common.load_image
-    monkeypatch.setattr(common, "load_image", lambda path, upright=False: opened.append(str(path)) or load_image(path, upright))
-    photos = [str(path) for path in sorted((dataset / "train" / "cats").iterdir())]
-    message(name, "--data-dir", tmp_path / "none", "--output-dir", tmp_path, "--image", photos[0], "--image", *photos[1:])
-    assert opened == photos  # each is looked at before the missing dataset is
 
 
 @posix
@@ -646,13 +583,7 @@ def test_51_show_without_a_display(options, figures, capsys):
     assert capsys.readouterr().out.count("there is no display here") == 1 and len(figures) == 2
 
 
-# ----------------------------------------------------------------------------------------------------- beyond the list
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bug_keeps_its_traceback(workers):
-    loader = DataLoader(["no number"], num_workers=workers, collate_fn=float)
-    text = message(lambda: list(loader), one_line=False)
-    assert text.startswith("Traceback") and "TypeError: float() argument" in text
-
-
-def test_out_of_memory_is_one_line():
+def test_a_bug_keeps_its_traceback_and_out_of_memory_is_one_line(capsys):
+    common.report(ValueError, ValueError("a bug"), None)
+    assert capsys.readouterr().err == "ValueError: a bug\n"
     assert "--batch-size" in message(lambda: torch.empty(2**60))

@@ -68,7 +68,6 @@ def cells(tmp_path_factory):
     return seen
 
 
-# ------------------------------------------------------------------------------------------------- what a run leaves
 def test_files_are_the_contracts_and_no_others(outputs):
     """Figures are not blank and fit a screen."""
     expected = {*(f"{name}.npy" for name in ARRAYS), *(f"{name}.png" for name in FIGURES), "02_zero_shot.json", "03_head.pt",
@@ -107,7 +106,6 @@ def test_untrained_weights_are_marked(tmp_path, figures, capsys):
         assert any("untrained weights" in text.get_text() for text in figure.findobj(Text)), name
 
 
-# ------------------------------------------------------------------------------------------ against plain torchvision
 def plain_vgg(file):
     """The notebook's own network: frozen, with a new last layer, which is the last step that is random."""
     model = models.vgg16()
@@ -193,7 +191,6 @@ def test_03_and_04_are_plain_torchvision_to_the_last_bit(vgg_file, photos, tmp_p
     assert names["idx"] == [0, 1, 2, 3, 8, 9, 10, 11]  # the first four cats, the last four dogs
 
 
-# ----------------------------------------------------------------------------------------- what they tell and show
 def test_03_counts_what_training_has_changed(photos, tmp_path, figures, capsys):
     """Training that changes nothing by itself; three numbers of a frozen layer are harmed, and half of the last layer."""
     run_here("03_finetune_head.py", "--data-dir", photos, "--output-dir", tmp_path, "--lr", 0, edits={
@@ -265,7 +262,6 @@ def test_pictures_stand_under_their_own_titles(cells):
         assert_shows(cells.figures[f"{step}_valid_batch.png"], VALID, all_proba, cropped)
 
 
-# -------------------------------------------------------------------------------------------- the lecture, at the prompt
 def test_headings_are_the_lectures_in_the_order_of_the_video(cells):
     """Those with a minute of their own also wait for Enter where --pause is given."""
     assert cells.markers == list(HEADINGS)
@@ -315,14 +311,6 @@ def test_defaults_are_the_contracts_and_help_is_a_manual(monkeypatch, capsys, na
     with pytest.raises(SystemExit):
         run_here(name)
     assert {option: found[option] for option in defaults} == defaults
-
-
-def test_nothing_but_the_contract_at_the_top_level():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if tracked.returncode:
-        pytest.skip("not a git checkout")
-    allowed = {*SCRIPTS, "common.py", "sample", "tests", "requirements.txt", "README.md", "LICENSE"}
-    assert {top for name in tracked.stdout.split() if not (top := name.split("/")[0]).startswith(".")} == allowed
 
 
 def test_the_sample_pictures_are_our_own(tmp_path):
