@@ -115,7 +115,8 @@ def unpack(archive, folder):
             if found != count:
                 raise EOFError(f"{name} holds {found:,} files, not {count:,}")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{archive}: not the whole dataset ({error}); delete it, or move it away, and rerun") from error
+        raise UserError(f"{archive}: not the whole dataset ({error}); delete it, or move it away, and run this "
+                        "again") from error
 
 
 def from_kaggle(source, folder):
@@ -161,7 +162,10 @@ def get_dataset(data_dir, kaggle):
         download(archive)
     try:
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed: no other program has this name
-        from_kaggle(kaggle, folder) if kaggle else unpack(archive, folder)
+        if kaggle:
+            from_kaggle(kaggle, folder)
+        else:
+            unpack(archive, folder)
         if data_dir.exists():
             data_dir.rmdir()  # empty
         os.replace(folder, data_dir)

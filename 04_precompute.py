@@ -178,12 +178,11 @@ if __name__ == "__main__":
     history = []
     train_model(trained, loaderfeat_train, size=dset_sizes["train"], epochs=args.epochs, optimizer=optimizer_vgg,
                 criterion=criterion, history=history)
-    record = made_from(images, model_vgg)  # again: an edit of the lines above may train more layers
-    save_results(args, "04", model_vgg, record, history, from_03_head=from_03)
 
     print(f"\nthe test on {dset_sizes['valid']:,} validation images:")
     predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"],
                                                      criterion=criterion)
+    record = made_from(images, model_vgg)  # again: whoever edits the lines above may train more layers
     metrics = save_results(args, "04", model_vgg, record, history, (predictions, all_proba, all_classes),
                            from_03_head=from_03)
 

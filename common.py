@@ -374,8 +374,8 @@ def choose_weights(args):
 def show_predictions(images, paths, classes, proba, heading):
     """A figure of images, as for imshow, under a heading: over each its true class, the prediction, red where it is
     wrong, with its probability, and the file's name. proba: (B, 2), for cats and dogs."""
-    columns = len(images) if len(images) in (1, 2, 3, 5) else 4
-    rows = max(1, -(-len(images) // columns))
+    columns = max(1, min(len(images), 4))
+    rows = max(1, int(np.ceil(len(images) / columns)))
     plt.figure(figsize=(3 * max(columns, 3), 3.4 * rows + 0.4), layout="constrained")
     plt.suptitle(heading)
     for i, image in enumerate(images):

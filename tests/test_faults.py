@@ -85,7 +85,7 @@ class Payload:
         return open, (str(self.mark), "w")
 
 
-@pytest.mark.parametrize("name", ["zipped.pt", "legacy.pt", "pickle.pt", "x.npy", "x.json", "list.json"])
+@pytest.mark.parametrize("name", ["zipped.pt", "legacy.pt", "pickle.pt", "x.npy", "pickle.npy", "x.json", "list.json"])
 def test_15_29_files_that_run_code_or_are_no_result(tmp_path, name):
     mark, path = tmp_path / "mark", tmp_path / name
     if name in ("zipped.pt", "legacy.pt"):
@@ -214,12 +214,12 @@ def test_24_killed_in_the_middle_of_the_features(tmp_path, out, figures, monkeyp
 
 def test_24_killed_before_the_last_rename(path):
     """All rows are there, and even more bytes: the last batch is computed again and the file is whole."""
-    part = keep(path, stop=56)[0].part
-    keep(path)
+    part = keep(path, ROWS[:56], stop=48)[0].part
+    keep(path, ROWS[:56])
     whole = path.read_bytes()
     part.write_bytes(whole + b"more")
     path.unlink()
-    assert keep(path)[1] == 60 - 56 and path.read_bytes() == whole and np.array_equal(np.load(path), ROWS)
+    assert keep(path, ROWS[:56])[1] == 56 - 48 and path.read_bytes() == whole
 
 
 def test_25_disk_full_while_writing_features(path):
@@ -352,16 +352,17 @@ def test_33_no_correct_or_no_incorrect_predictions(dataset, tmp_path, figures, c
     assert printed.err == "" and len(figures) == 9 and f"log loss, clipped   {loss}" in printed.out
 
 
-def test_34_a_layer_below_the_last_one_trained(dataset, options, out, figures, capsys):
-    """The README's exercise: 04 has other layers below than 03's head was trained on, and so has 05."""
-    run_here("03_finetune_head.py", *options, "--epochs", 1, "--lr", 0.1, edits={
-        "    criterion = nn.NLLLoss()": "    model_vgg.classifier[3].requires_grad_(True)\n    criterion = nn.NLLLoss()",
-        "SGD(model_vgg.classifier[6].parameters()": "SGD(model_vgg.classifier[3:].parameters()"})
+def test_34_a_layer_below_the_last_one_trained(dataset, options, out, figures):
+    """The README's exercise: 04 has other layers below than 03's head was trained on, and so has 05, also after 04."""
     photo = dataset / "valid" / "cats" / "cat.0.jpg"
-    assert "03_head.pt was trained with other frozen layers" in message("05_analysis.py", *options, "--image", photo)
+    for name in ("03_finetune_head.py", "04_precompute.py"):
+        run_here(name, *options, "--epochs", 1, "--lr", 0.1, edits={
+            "    criterion = nn.NLLLoss()": "    model_vgg.classifier[3].requires_grad_(True)\n    criterion = nn.NLLLoss()",
+            "SGD(model_vgg.classifier[6].parameters()": "SGD(model_vgg.classifier[3:].parameters()"})
+        text = message("05_analysis.py", *options, "--image", photo)
+        assert f"{name[:2]}_head.pt was trained with other frozen layers" in text
     run_here("04_precompute.py", *options, "--epochs", 1)
     assert json_of(out / "04_metrics.json")["from_03_head"] is False
-    assert "starts afresh: 03_head.pt was trained with other frozen layers" in capsys.readouterr().out
     analyse(dataset, out, "--image", photo)  # what 04 trained is used, on the layers that 04 had
 
 
