@@ -242,8 +242,8 @@ if __name__ == "__main__":
     print("dset_sizes:", dset_sizes)
     dset_classes = dsets["train"].classes
 
-    # A DataLoader reads the images, in worker processes if they are many, and stacks them into batches: shuffled to
-    # train, in their order to validate.
+    # A DataLoader reads the images, in num_workers processes of their own if there are any, and stacks them into
+    # batches: shuffled to train, in their order to validate.
     torch.manual_seed(args.seed)
     workers = args.num_workers
     loader_train = torch.utils.data.DataLoader(dsets["train"], batch_size=64, shuffle=True, num_workers=workers)

@@ -216,9 +216,10 @@ def parse_options(parser):
     args.data_dir = args.data_dir or HERE / "data" / "dogscats"
     if args.sample:
         args.data_dir = args.data_dir / "sample" if (args.data_dir / "sample").is_dir() else HERE / "sample"
-    if args.num_workers is None:  # one process decodes faster than a CPU runs VGG16, a GPU needs many
-        on_cpu = getattr(args, "device", "cpu") == "cpu" or not torch.cuda.is_available()
-        args.num_workers = 0 if args.sample else 1 if on_cpu else min(torch.get_num_threads(), 16)
+    if args.num_workers is None:  # a GPU needs many; a CPU that runs VGG16 loads an image in 1 or 2 % of the time
+        gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+        use_gpu = gpu and getattr(args, "device", "cpu") != "cpu"
+        args.num_workers = min(torch.get_num_threads(), 16) if use_gpu and not args.sample else 0
     if hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
         # a path may hold what the console can't print; and a closed pipe is noticed at the next line
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -146,15 +146,15 @@ def test_numbers_out_of_range_are_wrong_options(monkeypatch, tmp_path, capsys, o
 
 
 @pytest.mark.parametrize("options, threads, size, data_dir, workers", [
-    ([], None, "full", "data/dogscats", 1), ([], 64, "full", "data/dogscats", 16),
+    ([], None, "full", "data/dogscats", 0), ([], 64, "full", "data/dogscats", 16),
     (["--limit", 100], 8, "limit-100", "data/dogscats", 8), (["--num-workers", 0], 8, "full", "data/dogscats", 0),
-    (["--device", "cpu"], 64, "full", "data/dogscats", 1),
-    (["--sample"], None, "sample", "sample", 0), (["--sample"], 8, "sample", "sample", 0),
+    (["--device", "cpu"], 64, "full", "data/dogscats", 0), (["--sample"], 8, "sample", "sample", 0),
     (["--sample", "--num-workers", 3], None, "sample", "data/dogscats/sample", 3)])
 def test_folders_and_workers_by_default(monkeypatch, tmp_path, capsys, options, threads, size, data_dir, workers):
     """Where the dataset has a sample it goes before the bundled one. A machine has a GPU where its threads are told."""
     (tmp_path / data_dir).mkdir(parents=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: threads is not None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads or 8)
     args = parse(monkeypatch, tmp_path, *options)
     assert args.output_dir == tmp_path / "outputs" / size and args.output_dir.is_dir()
