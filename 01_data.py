@@ -13,14 +13,13 @@ Leaves the dataset in data/dogscats (or --data-dir), and in the output folder in
 import gzip
 import hashlib
 import os
-import re
 import shutil
 import sys
 import tarfile
 import urllib.error
 import urllib.request
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -56,8 +55,6 @@ def fetch(url, part):
     with response:
         if response.status != 206:  # the whole file: the server knows no Range
             done = 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
-            raise OSError("it sends another part than asked for")
         if response.headers.get("Content-Length") != str(SIZE - done):
             raise OSError("what it sends is not the archive; does this network want you to log in?")
         with open(part, "ab") as file:
@@ -75,8 +72,7 @@ def download(archive):
     done = part.stat().st_size if part.exists() else 0
     needed, free = max(SIZE - done, 0) + UNPACKED, shutil.disk_usage(part.parent).free
     if needed > free:
-        raise UserError(f"{part.parent}: about {needed:,} bytes are needed for archive and images, {free:,} are free; "
-                        "make room, or choose another --data-dir")
+        raise UserError(f"{part.parent}: needs about {needed:,} bytes, {free:,} are free; make room, or use --data-dir")
     print(f"downloading {SIZE:,} bytes to {archive}" + (f", going on after the first {done:,}" if done else ""))
     failures = []
     for url in [os.environ["DOGSCATS_URL"]] if "DOGSCATS_URL" in os.environ else URLS:
@@ -98,59 +94,48 @@ def unpack(archive, folder):
         if archive.stat().st_size != SIZE or md5 != MD5_OF_FIRST_MIB:
             raise EOFError("another size or checksum")
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python's own guard, where it has one
             for member in progress(tar, sum(COUNTS.values()), "files", lambda member: 1):
-                path = PurePosixPath(member.name)
+                path = PureWindowsPath(member.name)  # which also knows "/"
                 plain = member.isfile() or member.isdir()  # no link, device or pipe
-                if not plain or path.is_absolute() or re.search(r"\.\.|[\\:]", member.name):
+                if not plain or path.anchor or ".." in path.parts or ":" in member.name:
                     raise UserError(f"{archive}: holds {member.name!r}, no plain file of the dataset: don't use it")
-                target = folder.joinpath(*path.parts[1:])  # without the leading dogscats/
-                (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
-                if member.isfile():
-                    with open(target, "wb") as file:
-                        shutil.copyfileobj(tar.extractfile(member), file)
+                member.name = "/".join(path.parts[1:])  # without the leading dogscats/
+                tar.extract(member, folder)
             while stream.read(MIB):  # on to the end, where gzip checks its sum
                 pass
-        for name, count in COUNTS.items():
-            found = len(os.listdir(folder / name)) if (folder / name).is_dir() else 0
-            if found != count:
-                raise EOFError(f"{name} holds {found:,} files, not {count:,}")
+        found = {name: len(list((folder / name).glob("*"))) for name in COUNTS}
+        if found != COUNTS:
+            raise EOFError(f"it holds {found}")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{archive}: not the whole dataset ({error}); delete it, or move it away, and run this "
-                        "again") from error
+        raise UserError(f"{archive}: not the whole dataset ({error}); move it away, and run this again") from error
 
 
 def from_kaggle(source, folder):
-    """Fill folder from Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., by hard links or copies: the last 8 % of each
-    class are valid, ids 11500 to 12499 of the whole set. `source` stays as it is."""
-    def numbered(place, pattern):
-        paths = place.iterdir() if place.is_dir() else []
-        return sorted((path for path in paths if re.fullmatch(pattern, path.name)),
-                      key=lambda path: int(re.search(r"\d+", path.name)[0]))
+    """Fill folder from Kaggle's train/cat.0.jpg ... and test1/1.jpg ...; the last 8 % of each class are valid."""
+    def numbered(pattern):
+        paths = [path for path in source.glob(pattern) if path.name.split(".")[-2].isdecimal()]
+        return sorted(paths, key=lambda path: int(path.name.split(".")[-2]))
 
-    places = {}  # folder of the lecture -> files of Kaggle
+    places = {"test1": numbered("test1/*.jpg") or numbered("test/*.jpg")}  # folder of the lecture -> files of Kaggle
     for name in CLASSES:
-        images = numbered(source / "train", rf"{name[:-1]}\.(\d+)\.jpg")
-        if len(images) < 2:
-            raise UserError(f"{source / 'train'}: must hold Kaggle's {name[:-1]}.0.jpg and so on, two of each class at "
-                            f"the least, and holds {len(images)} {name}")
+        images = numbered(f"train/{name[:-1]}.*.jpg")
         n_valid = max(1, len(images) * 8 // 100)
-        places[f"train/{name}"], places[f"valid/{name}"] = images[:-n_valid], images[-n_valid:]
-        places[f"sample/train/{name}"], places[f"sample/valid/{name}"] = images[:-n_valid][:8], images[-n_valid:][:4]
-    places["test1"] = numbered(source / "test1", r"(\d+)\.jpg") or numbered(source / "test", r"(\d+)\.jpg")
+        train, valid = images[:-n_valid], images[-n_valid:]
+        if not train:
+            raise UserError(f"{source}: needs two of Kaggle's train/{name[:-1]}.0.jpg or more, and holds {len(images)}")
+        places |= {f"train/{name}": train, f"valid/{name}": valid}
+        places |= {f"sample/train/{name}": train[:8], f"sample/valid/{name}": valid[:4]}
     for name, images in places.items():
         (folder / name).mkdir(parents=True)
-        for image in images:
-            original = image.resolve(strict=True)  # of a link the file: a hard link to a relative link leads nowhere
-            try:
-                os.link(original, folder / name / image.name)
-            except OSError:  # another file system, or one without hard links
-                shutil.copyfile(original, folder / name / image.name)
+        for image in progress(images, len(images), "files", lambda image: 1):
+            shutil.copyfile(image, folder / name / image.name)
 
 
 def get_dataset(data_dir, kaggle):
     """Make sure that data_dir holds a dataset; what is there already is never fetched again or overwritten. A new one
     is made in a folder beside it, which gets the final name when all is there: UserError, and nothing, else."""
-    if data_dir.is_file() or (data_dir.exists() and any(data_dir.iterdir())):
+    if data_dir.exists() and any(data_dir.iterdir()):
         if kaggle:
             raise UserError(f"--from-kaggle: {data_dir} is not empty, and the two must not mix; move it away")
         if not all((data_dir / x).is_dir() for x in ["train", "valid"]):
@@ -188,9 +173,8 @@ if __name__ == "__main__":
 # %% Using CNN for dogs vs cats
     banner("Using CNN for dogs vs cats", 1175, args.pause)
     # The whole lecture in a sentence: take a network that others have trained on other photos, and reuse it.
-    print("25,000 photos of cats and dogs with labels to learn from, 12,500 without to predict, for Kaggle's\n"
-          "competition Dogs vs Cats. When it began, at the end of 2013, the best programs were said to get above 80 %\n"
-          "of them right.")
+    print("Kaggle's competition Dogs vs Cats: 25,000 photos with labels to learn from, 12,500 without to predict.\n"
+          "When it began, at the end of 2013, the best programs were said to get above 80 % of them right.")
 
 # %% Imports
     banner("Imports")
@@ -213,8 +197,7 @@ if __name__ == "__main__":
     print(data_dir)
     for name in COUNTS:
         if (data_dir / name).is_dir():
-            n_images = sum(datasets.folder.is_image_file(file) for file in os.listdir(data_dir / name))
-            print(f"  {name:<20} {n_images:6,} images")
+            print(f"  {name:<20} {len(os.listdir(data_dir / name)):6,} files")
 
 # %% Data processing
     banner("Data processing", 1550, args.pause)
@@ -256,8 +239,7 @@ if __name__ == "__main__":
     print("labels_try, of the first one:", labels_try)
     print("inputs_try.shape:", tuple(inputs_try.shape))  # (5, 3, 224, 224)
 
-    # An image is a block of numbers: (colour, row, column); a batch puts (image) before them. What is darker than
-    # ImageNet's mean is negative.
+    # An image is a block of numbers: (colour, row, column). What is darker than ImageNet's mean is negative.
     print("\nWhat is an image for your computer? inputs_try[0]:", inputs_try[0], sep="\n")
 
     # Make a grid from the first batch of the validation data; imshow, in common.py, undoes normalize and shows it
