@@ -110,7 +110,6 @@ if __name__ == "__main__":
             vals, preds = m_softm(model_vgg(inputs.to(device)))[0].topk(5)
             return [dic_imagenet[i] for i in preds], vals.tolist()
 
-        print("\nBeyond the lecture: your own photos, turned upright and resized as the weights were trained")
         show_photos(args.image, five_most_likely, f"What VGG16 sees{note}")
         save_figure(args.output_dir / "02_images.png", args.show)
     print(f"\nDone{note}. Next, with the same options: python 03_finetune_head.py")

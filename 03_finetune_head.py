@@ -98,15 +98,12 @@ if __name__ == "__main__":
     record = made_from(images, model_vgg)
     save_results(args, "03", model_vgg, record, history)  # now: the test may meet a bad image
 
-    print(f"\nthe test on {dset_sizes['valid']:,} validation images:")
-    predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes["valid"],
-                                                     criterion=criterion)
+    predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes["valid"])
     metrics = save_results(args, "03", model_vgg, record, history, (predictions, all_proba, all_classes))
 
     # The first four cats and the last four dogs to validate; a batch of loader_valid would hold cats alone
     n_images = 8
-    n_cats = min(n_images, dset_sizes["valid"]) // 2
-    idx = [*range(n_cats), *range(dset_sizes["valid"] - n_cats, dset_sizes["valid"])]
+    idx = sorted({*range(dset_sizes["valid"])[:n_images // 2], *range(dset_sizes["valid"])[-n_images // 2:]})
     inputs = torch.stack([dsets["valid"][i][0] for i in idx])  # (8, 3, 224, 224)
     classes = torch.tensor([dsets["valid"].targets[i] for i in idx])
     with torch.inference_mode():

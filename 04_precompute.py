@@ -8,14 +8,12 @@ https://youtu.be/ZhC-DIrCe6A?t=3460).
   python 04_precompute.py                              all 25,000; stopped, it goes on where it was
 
 Reads the dataset, and 03_head.pt where it fits. Leaves in the output folder conv_feat_train.npy, conv_feat_valid.npy
-(2.5 GB for all images; fc7_feat_*.npy: 0.4 GB) with a .json each that says what they were made from,
-labels_train.npy, labels_valid.npy, and what 03 leaves, here 04_head.pt and so on.
+(2.5 GB for all images; fc7_feat_*.npy: 0.4 GB), labels_train.npy, labels_valid.npy, and like 03 04_head.pt and so on.
 """
 import hashlib
 import math
 import os
 import time
-import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,7 +25,7 @@ from torchvision import datasets, models, transforms
 
 from common import (UserError, banner, choose_weights, differences, freeze_and_replace_head, identify, imshow, load,
                     load_data, load_state, load_vgg16, made_from, option_parser, parse_options, plot_training, progress,
-                    save, save_figure, save_results, show_predictions, test_model, to_device, train_model, writing)
+                    save, save_figure, save_results, show_predictions, test_model, to_device, train_model)
 
 
 class FeatureFile:
@@ -53,18 +51,19 @@ class FeatureFile:
         self.file = open(self.part, "r+b" if self.part.exists() else "w+b")  # noqa: SIM115 it stays open till the end
         np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         header, row_bytes = self.file.tell(), 4 * math.prod(shape[1:])
-        rows = max(os.path.getsize(self.part) - header, 0) // row_bytes
+        rows = (self.file.seek(0, os.SEEK_END) - header) // row_bytes
         self.done = min(rows, shape[0] - 1) // batch_size * batch_size
-        self.file.truncate(header + self.done * row_bytes)
-        self.file.seek(0, os.SEEK_END)
+        self.file.seek(self.file.truncate(header + self.done * row_bytes))
         if self.done:
             print(f"{path.name}: going on after the first {self.done:,} of {shape[0]:,} images")
 
     def extend(self, rows):
         """Append a batch of rows, and give it to the system at once: should this run be killed, it is kept."""
-        with writing(self.part):
+        try:
             self.file.write(np.ascontiguousarray(rows, dtype=np.float32))
             self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.part}: {error.strerror}; mend that, and run this again to go on") from error
         self.done += len(rows)
         # the first batch is not timed: before it come the start of the workers, and what a device does only once
         self.since = self.since or (time.perf_counter(), self.done)
@@ -76,11 +75,10 @@ class FeatureFile:
             speed = (self.done - timed_from) / (time.perf_counter() - start) if self.done > timed_from else None
             if not self.part.exists():
                 raise UserError(f"{self.part} has gone: does another run write here? Let it end, and run this again")
-            with writing(self.part):
-                os.fsync(self.file.fileno())
-                self.file.close()
-                self.json.unlink(missing_ok=True)  # without it a file is made again: a new one never goes by an old one
-                os.replace(self.part, self.path)
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.json.unlink(missing_ok=True)  # without it a file is made again: a new one never goes by an old one
+            os.replace(self.part, self.path)
             self.part = None
             save(self.path.parent, {self.json.name: {**self.record, "images_per_second": speed}})
             print(f"saved {self.path}" + (f": {speed:.1f} images/s" if speed else ""))
@@ -92,8 +90,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=50, metavar="N", help="default: 50")
     parser.add_argument("--lr", type=float, default=0.001, help="learning rate (default: 0.001)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="default: 128")
-    parser.add_argument("--layer", choices=["conv", "fc7"], default="conv", help="what is computed once: the "
-                        "convolutions, as in the lecture, or all but the last layer (default: conv)")
+    parser.add_argument("--layer", choices=["conv", "fc7"], default="conv",
+                        help="compute once the convolutions, as in the lecture (default), or all but the last layer")
     args = parse_options(parser)
     device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
@@ -112,8 +110,7 @@ if __name__ == "__main__":
     if args.layer == "conv":
         frozen, trained = model_vgg.features, model_vgg.classifier
     else:
-        # The frozen dense layers run once too, without dropout. What is left to train is the last layer alone, on 4096
-        # fixed numbers an image: the simple logistic regression of the lecture's conclusion.
+        # The frozen dense layers too run once, without dropout. What is left to train is a simple logistic regression.
         frozen = nn.Sequential(model_vgg.features, model_vgg.avgpool, nn.Flatten(), model_vgg.classifier[:6])
         trained = model_vgg.classifier[6:]
     frozen.eval()
@@ -154,12 +151,10 @@ if __name__ == "__main__":
 # %% Creating a new data generator
     banner("Creating a new data generator")
     # No image is loaded any more. If these lines are unclear, go on: all they do is hand over the saved rows.
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
     datasetfeat_train = TensorDataset(torch.from_numpy(conv_feat_train).flatten(1), torch.from_numpy(labels_train))
     loaderfeat_train = DataLoader(datasetfeat_train, batch_size=args.batch_size, shuffle=True)
     datasetfeat_valid = TensorDataset(torch.from_numpy(conv_feat_valid).flatten(1), torch.from_numpy(labels_valid))
     loaderfeat_valid = DataLoader(datasetfeat_valid, batch_size=args.batch_size, shuffle=False)
-    print("batches to train:", len(loaderfeat_train), "of at most", args.batch_size, "rows")
 
     # As in the lecture the last layer goes on from where 03_finetune_head.py left it, if what it has learned fits.
     path_03, again = args.output_dir / "03_metrics.json", "run python 03_finetune_head.py again"
@@ -179,12 +174,9 @@ if __name__ == "__main__":
     train_model(trained, loaderfeat_train, size=dset_sizes["train"], epochs=args.epochs, optimizer=optimizer_vgg,
                 criterion=criterion, history=history)
 
-    print(f"\nthe test on {dset_sizes['valid']:,} validation images:")
-    predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"],
-                                                     criterion=criterion)
+    predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"])
     record = made_from(images, model_vgg)  # again: whoever edits the lines above may train more layers
-    metrics = save_results(args, "04", model_vgg, record, history, (predictions, all_proba, all_classes),
-                           from_03_head=from_03)
+    metrics = save_results(args, "04", model_vgg, record, history, (predictions, all_proba, all_classes))
 
     # What precomputing saves
     on_features = metrics["seconds_per_epoch"]
@@ -193,16 +185,14 @@ if __name__ == "__main__":
     if from_03 and speed:
         on_images, once = metrics_03["seconds_per_epoch"], dset_sizes["train"] / speed
         print(f"an epoch on images, in 03_finetune_head.py: {on_images:.3f} s")
-        print(f"computing the features of the training images, once: {once:.1f} s; this has",
-              f"paid for itself after epoch {math.ceil(once / (on_images - on_features))}"
-              if on_images > on_features else "not paid for itself")
+        paid = f"after epoch {math.ceil(once / (on_images - on_features))}" if on_images > on_features else "never"
+        print(f"computing the features of the training images, once: {once:.1f} s; this has paid for itself {paid}")
 
     plot_training(metrics, f"Training the last layer on features{note}")
     save_figure(args.output_dir / "04_training.png", args.show)
 
     # The first four cats and the last four dogs to validate
-    n_cats = min(8, dset_sizes["valid"]) // 2
-    idx = [*range(n_cats), *range(dset_sizes["valid"] - n_cats, dset_sizes["valid"])]
+    idx = sorted({*range(dset_sizes["valid"])[:4], *range(dset_sizes["valid"])[-4:]})
     show_predictions([dsets["valid"][i][0] for i in idx], [dsets["valid"].imgs[i][0] for i in idx], all_classes[idx],
                      all_proba[idx], f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "04_valid_batch.png", args.show)

@@ -7,9 +7,8 @@ https://youtu.be/ZhC-DIrCe6A?t=3819) and its "Conclusion".
   python 05_analysis.py --sample --image my.jpg      cat or dog? Your own photos
   python 05_analysis.py --submission                 the Kaggle entry: submission.csv
 
-Reads the dataset and what 04 (or 03) left. Leaves in the output folder 05_correct.png, 05_incorrect.png,
-05_most_correct_cats.png, 05_most_correct_dogs.png, 05_most_incorrect_cats.png, 05_most_incorrect_dogs.png,
-05_most_uncertain.png, 05_histogram.png, 05_confusion.png; 05_images.png; submission.csv.
+Reads the dataset and what 04 (or 03) left. Leaves in the output folder a figure of each view, such as
+05_most_correct_cats.png, and 05_histogram.png, 05_confusion.png, 05_images.png, submission.csv.
 """
 import copy
 
@@ -89,7 +88,7 @@ def find_test_images(folder):
 def write_submission(args, model, device, dset, test_paths):
     """Predict test1 and write submission.csv for Kaggle, which scores the log loss: one image wrong at p = 0 would cost
     infinitely much. With p clipped to [0.005, 0.995], an error costs -log(0.005) = 5.3 at most."""
-    print(f"\nBeyond the lecture: the Kaggle submission for {len(test_paths):,} images of test1")
+    print(f"\nBeyond the lecture: the Kaggle submission for {len(test_paths):,} images of test1 (Kaggle's are 12,500)")
     dset_test = copy.copy(dset)
     dset_test.samples = [(path, int(path.stem)) for path in test_paths]  # in place of the classes their numbers
     loader_test = DataLoader(dset_test, batch_size=16, num_workers=args.num_workers)
@@ -98,8 +97,6 @@ def write_submission(args, model, device, dset, test_paths):
         dog = model(inputs.to(device)).exp()[:, 1].clip(0.005, 0.995).tolist()
         rows += [f"{i},{p:.6f}" for i, p in zip(ids.tolist(), dog, strict=True)]
     save(args.output_dir, {"submission.csv": "\n".join(rows) + "\n"})
-    if len(test_paths) != 12_500:
-        print(f"note: Kaggle expects 12,500 rows, these are {len(test_paths):,}")
 
 
 if __name__ == "__main__":
@@ -124,9 +121,7 @@ if __name__ == "__main__":
     # Judge a model by images that it did not learn from: if it does much better on those that it did, it over-fits.
     # First make a model that can over-fit; only then care about regularization and augmentation. (Augmentation alters
     # the images anew in every epoch: features that are computed once can't follow it.)
-    print(f"the predictions of {of_step}, on {len(predictions):,} validation images")
-    print(f"accuracy while training, in the last epoch: {metrics['train_accuracy'][-1]:.4f}; on validation images: "
-          f"{metrics['valid_accuracy']:.4f}")
+    print(f"accuracy of {of_step}, in the last epoch of training: {metrics['train_accuracy'][-1]:.4f}")
 
     # The views are for finding faults: wrong labels, odd crops, what it has never seen.
     n_view = args.n_view  # number of images of each view
@@ -141,7 +136,7 @@ if __name__ == "__main__":
 
     # 1. A few correct labels at random
     correct = np.where(predictions == all_classes)[0]
-    print(f"correct: {len(correct) / dset_sizes['valid']:.4f}")
+    print(f"correct of {dset_sizes['valid']:,} validation images: {len(correct) / dset_sizes['valid']:.4f}")
     idx = permutation(correct)[:n_view]
     view(idx, "Correct, at random", "05_correct.png")
 
@@ -197,7 +192,6 @@ if __name__ == "__main__":
     if args.image or args.submission:
         model_vgg = load_trained(args, step, metrics, images, device)
     if args.image:
-        print("\nBeyond the lecture: your own photos, turned upright and resized as the weights were trained")
         show_photos(args.image, lambda inputs: (CLASSES, model_vgg(inputs.to(device))[0].exp().tolist()),
                     f"Cat or dog? ({of_step})")
         save_figure(args.output_dir / "05_images.png", args.show)

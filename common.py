@@ -129,7 +129,8 @@ def test_model(model, dataloader, size, criterion=nn.NLLLoss()):
         all_classes[i:i + len(classes)] = classes.numpy()
         all_proba[i:i + len(classes)] = outputs.exp().numpy()
         i += len(classes)
-    print(f"loss {running_loss / size:.4f}  accuracy {(predictions[:i] == all_classes[:i]).sum() / size:.4f}")
+    accuracy = np.sum(predictions[:i] == all_classes[:i]) / size
+    print(f"test on {size:,} images  loss {running_loss / size:.4f}  accuracy {accuracy:.4f}")
     return predictions, all_proba, all_classes
 
 
@@ -393,6 +394,7 @@ def show_predictions(images, paths, classes, proba, heading):
 def show_photos(paths, predict, heading):
     """A figure of photos of one's own, each beside a bar per answer; prints the answers too. `predict` gives names and
     probabilities (K,) for inputs (1, 3, 224, 224), made as the weights' own transforms do: resized, then cropped."""
+    print("\nBeyond the lecture: your own photos, turned upright and resized as the weights were trained")
     plt.figure(figsize=(10, min(3 * len(paths), 600)), layout="constrained")  # no picture file can be much higher
     plt.suptitle(heading)
     for row, path in enumerate(paths):
@@ -501,14 +503,13 @@ def save_figure(path, show=False):
     plt.close()
 
 
-def save_results(args, step, model, record, history, result=(), **more):
+def save_results(args, step, model, record, history, result=()):
     """Save the last layer, how it was trained and, once there is one, the result of test_model; returns the metrics.
     Called before the test too: that may fail, and the training is not lost then."""
     losses, accuracies, seconds = np.transpose(history).tolist()
     metrics = {"options": vars(args), "weights": args.weights, "pretrained": args.weights != "untrained",
                "dataset": args.data_dir, "made_from": record, "train_seconds": sum(seconds),
-               "seconds_per_epoch": sum(seconds) / len(seconds), "train_loss": losses, "train_accuracy": accuracies,
-               **more}
+               "seconds_per_epoch": sum(seconds) / len(seconds), "train_loss": losses, "train_accuracy": accuracies}
     files = {f"{step}_head.pt": {name: value.cpu() for name, value in model.classifier[6].state_dict().items()}}
     if result:
         predictions, all_proba, all_classes = result
@@ -531,7 +532,7 @@ def load(path, remedy):
         raise UserError(f"{path} is missing: {remedy}")
     try:
         if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.load(path, mmap_mode="c", allow_pickle=False)
         if path.suffix == ".json":
             return dict(json.loads(path.read_text()))
         return torch.load(path, map_location="cpu", weights_only=True)

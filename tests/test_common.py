@@ -113,7 +113,7 @@ def test_testing_is_plain_torch_without_dropout(capsys):
     """What is returned is as long as the size given, 40, by which what is printed is divided; there are 37 images."""
     model = small_model().train()
     results = common.test_model(model, BATCHES, size=40)
-    _, loss, _, accuracy = capsys.readouterr().out.split()
+    *_, loss, _, accuracy = capsys.readouterr().out.split()
     proba, classes = np.exp(small_model().eval()(INPUTS).detach().numpy()), CLASSES.numpy()
     for array, plain in zip(results, (proba.argmax(axis=1), proba, classes), strict=True):
         assert len(array) == 40 and np.allclose(array[:37], plain, atol=1e-6)
@@ -258,10 +258,10 @@ def test_results_are_saved_before_the_test_and_after_it(vgg, tmp_path):
     assert (metrics["seconds_per_epoch"], metrics["train_seconds"]) == (4, 8)
     proba = np.float32([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
     arrays = {"04_predictions": np.array([0, 0, 1]), "04_all_proba": proba, "04_all_classes": np.array([0, 1, 1])}
-    common.save_results(args, "04", vgg, {"transform": "T"}, history, tuple(arrays.values()), from_03_head=True)
+    common.save_results(args, "04", vgg, {"transform": "T"}, history, tuple(arrays.values()))
     tested = json_of(tmp_path / "04_metrics.json")
     assert {name: tested[name] for name in tested if name not in metrics} == pytest.approx({
-        "valid_loss": -np.log([0.9, 0.2, 0.6]).mean(), "valid_accuracy": 2 / 3, "from_03_head": True})
+        "valid_loss": -np.log([0.9, 0.2, 0.6]).mean(), "valid_accuracy": 2 / 3})
     assert all(np.array_equal(np.load(tmp_path / f"{name}.npy"), array) for name, array in arrays.items())
     assert common.log_loss(np.float32([[0, 1]]), [0]) == np.inf
 
