@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, models, transforms
 
 from common import (UserError, banner, choose_weights, differences, freeze_and_replace_head, identify, imshow, load,
-                    load_data, load_state, load_vgg16, made_from, option_parser, parse_options, plot_training, progress,
-                    save, save_figure, save_results, show_predictions, test_model, to_device, train_model)
+                    load_data, load_state, load_vgg16, made_from, naming, option_parser, parse_options, plot_training,
+                    progress, save, save_figure, save_results, show_predictions, test_model, to_device, train_model)
 
 
 class FeatureFile:
@@ -59,11 +59,9 @@ class FeatureFile:
 
     def extend(self, rows):
         """Append a batch of rows, and give it to the system at once: should this run be killed, it is kept."""
-        try:
+        with naming(self.part):
             self.file.write(np.ascontiguousarray(rows, dtype=np.float32))
             self.file.flush()
-        except OSError as error:
-            raise UserError(f"{self.part}: {error.strerror}; mend that, and run this again to go on") from error
         self.done += len(rows)
         # the first batch is not timed: before it come the start of the workers, and what a device does only once
         self.since = self.since or (time.perf_counter(), self.done)
@@ -75,10 +73,11 @@ class FeatureFile:
             speed = (self.done - timed_from) / (time.perf_counter() - start) if self.done > timed_from else None
             if not self.part.exists():
                 raise UserError(f"{self.part} has gone: does another run write here? Let it end, and run this again")
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.json.unlink(missing_ok=True)  # without it a file is made again: a new one never goes by an old one
-            os.replace(self.part, self.path)
+            with naming(self.part):
+                os.fsync(self.file.fileno())
+                self.file.close()
+                self.json.unlink(missing_ok=True)  # without it a file is made again: a new one never goes by an old one
+                os.replace(self.part, self.path)
             self.part = None
             save(self.path.parent, {self.json.name: {**self.record, "images_per_second": speed}})
             print(f"saved {self.path}" + (f": {speed:.1f} images/s" if speed else ""))

@@ -151,6 +151,16 @@ class UserError(Exception):
     """A problem that the user can mend. Its one message names the file or the option and says what to do."""
 
 
+@contextlib.contextmanager
+def naming(path, problem="can't be written", remedy="mend that, or take another folder"):
+    """Any error inside it becomes a UserError: the file (a full disk names none itself), what is wrong, the remedy."""
+    try:
+        yield
+    except Exception as error:  # a damaged file can set off any
+        why = (error.strerror or error) if isinstance(error, OSError) else type(error).__name__
+        raise UserError(f"{path}: {problem} ({why}): {remedy}") from error
+
+
 def report(kind, error, traceback):
     """How a script ends: one line and status 1 where the user can mend it, 130 after Ctrl-C, a traceback for a bug."""
     text = str(error).strip()
@@ -274,15 +284,12 @@ def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
 # -------------------------------------------------------------------------------------- images, device and weights
 def load_image(path, upright=False):
     """The RGB PIL image in a file, turned by its EXIF data if `upright`; UserError if damaged, no picture or huge."""
-    try:
-        with Image.open(path) as image:
-            if upright:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would turn all above 255 white
-                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-            return image.convert("RGB")
-    except Exception as error:  # a damaged file can set off any
-        raise UserError(f"{path}: can't be read as a picture ({error}); mend, replace or remove it") from error
+    with naming(path, "can't be read as a picture", "mend, replace or remove it"), Image.open(path) as image:
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would turn all above 255 white
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        return image.convert("RGB")
 
 
 def check_dataset(data_dir):
@@ -466,25 +473,15 @@ WRITERS = {
 }
 
 
-@contextlib.contextmanager
-def writing(path):
-    """An OSError inside it names the file: that of a full disk names none by itself."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or path
-        raise
-
-
 def save(folder, files):
-    """Write {name: content}, all whole or none; OSError where the disk refuses. The last of several vouches for the
+    """Write {name: content}, all whole or none; UserError where the disk refuses. The last of several vouches for the
     rest: it goes first and comes back last, so that half a set never passes for a whole one."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part", dir=folder) as parts:
         for name, content in files.items():
             buffer = io.BytesIO()  # on a full disk torch.save and np.save raise all kinds of errors, a file OSError
             WRITERS[Path(name).suffix](buffer, content)
-            with writing(folder / name), open(Path(parts, name), "wb") as file:
+            with naming(folder / name), open(Path(parts, name), "wb") as file:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
@@ -528,22 +525,17 @@ def log_loss(all_proba, all_classes):
 
 def load(path, remedy):
     """A saved array (memory-mapped), dict or state dict; UserError where it is missing, damaged, or could run code."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {remedy}")
-    try:
+    with naming(path, "missing, damaged or unsafe", remedy):
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="c", allow_pickle=False)
         if path.suffix == ".json":
             return dict(json.loads(path.read_text()))
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can set off any
-        raise UserError(f"{path} is damaged or unsafe ({type(error).__name__}): {remedy}") from error
 
 
 def load_state(module, path, remedy):
     """The module with the tensors of a state dict file in place of its own; UserError unless names and shapes fit."""
-    try:
-        module.load_state_dict(load(path, remedy), assign=True)
-        return module.float()
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds other layers than {type(module).__name__}'s: {remedy}") from error
+    state_dict = load(path, remedy)
+    with naming(path, f"holds other layers than {type(module).__name__}'s", remedy):
+        module.load_state_dict(state_dict, assign=True)
+    return module.float()

@@ -72,7 +72,7 @@ def test_14_damaged_weights(cached, vgg_file, content):
     if content is not None:
         cached.write_bytes(vgg_file.read_bytes()[:2**20] if content == "truncated" else content)
     for weights, remedy in (("imagenet", "delete it"), (str(cached), "give another file to --weights")):
-        assert re.search(f"error: {re.escape(str(cached))} is .*: {remedy}", message(common.load_vgg16, weights))
+        assert re.search(f"error: {re.escape(str(cached))}: missing, damaged or unsafe .*: {remedy}", message(common.load_vgg16, weights))
 
 
 class Payload:
@@ -94,14 +94,14 @@ def test_15_29_files_that_run_code_or_are_no_result(tmp_path, name):
         np.save(path, np.array([Payload(mark)], dtype=object), allow_pickle=True)
     else:
         path.write_bytes(b"[1, 2]" if name == "list.json" else pickle.dumps(Payload(mark)))
-    assert f"{path} is damaged or unsafe" in message(common.load, path, "run that") and not mark.exists()
+    assert f"{path}: missing, damaged or unsafe" in message(common.load, path, "run that") and not mark.exists()
 
 
 @pytest.mark.parametrize("state", [{"weight": torch.zeros(3, 4096), "bias": torch.zeros(3)}, [1, 2], {"weight": 1, "bias": 2}])
 def test_16_another_network_or_a_head_of_another_shape(tmp_path, state):
     torch.save(state, tmp_path / "x.pt")
     for module, name in ((nn.Linear(4096, 2), "Linear"), (models.squeezenet1_0(), "SqueezeNet")):
-        assert f"error: {tmp_path / 'x.pt'} holds other layers than {name}'s" in message(common.load_state, module, tmp_path / "x.pt", "")
+        assert f"error: {tmp_path / 'x.pt'}: holds other layers than {name}'s" in message(common.load_state, module, tmp_path / "x.pt", "")
 
 
 def test_weights_are_downloaded_whole_or_not_at_all(cached, tmp_path, monkeypatch):
@@ -278,14 +278,14 @@ def test_26_new_features_never_go_by_an_old_record(path, monkeypatch):
 
 
 def test_27_28_predictions_that_do_not_fit_or_are_missing(dataset, options, out):
-    assert "03_metrics.json is missing: run python 03_finetune_head.py" in message("05_analysis.py", *options)
+    assert "03_metrics.json: missing, damaged or unsafe (No such file or directory): run python 03_finetune_head.py" in message("05_analysis.py", *options)
     fake_results(out, dataset, [0.1, 0.2, 0.7, 0.4])
     common.save(out, {"04_metrics.json": {"made_from": record_of(dataset)}})
     assert f"{out / '04_metrics.json'}: stopped before the test; run python 04" in message("05_analysis.py", *options)
     shutil.copy(dataset / "train" / "cats" / "cat.1.jpg", dataset / "valid" / "cats" / "cat.1.jpg")
     assert f"{out / '04_predictions.npy'}: made with other valid images; run" in message("05_analysis.py", *options)
     (out / "04_all_proba.npy").unlink()
-    assert "04_all_proba.npy is missing: run python 04_precompute.py" in message("05_analysis.py", *options)
+    assert "04_all_proba.npy: missing, damaged or unsafe (No such file or directory): run python 04_precompute.py" in message("05_analysis.py", *options)
     assert not list(out.glob("05_*"))
     for name in ("02_vgg_imagenet.py", "03_finetune_head.py", "04_precompute.py", "05_analysis.py"):
         assert "run python 01_data.py" in message(name, "--data-dir", out / "none", "--output-dir", out)
