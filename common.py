@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import socket
 import sys
 import tempfile
@@ -344,16 +343,10 @@ def get_device(name, bf16=False):
         torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it, as cuDNN's convolutions do by default
     if bf16 and (name == "mps" or (name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))):
         raise UserError(f"--bf16: {name} does no bfloat16 on this machine; leave it out, or add --device cpu")
-    if bf16 and name == "cpu" and not cpu_has_bfloat16():
-        print("NOTICE: --bf16: this CPU has no bfloat16: expect it to be several times slower than without --bf16")
+    if bf16 and name == "cpu" and not torch.cpu._is_avx512_bf16_supported():  # get_cpu_capability() can't tell
+        print("NOTICE: --bf16: this CPU has no AVX-512 BF16: unless it is an Arm CPU with bfloat16, expect it to be "
+              "several times slower than without --bf16")
     return torch.device(name)
-
-
-def cpu_has_bfloat16():
-    """Whether the CPU itself computes in bfloat16; torch.backends.cpu.get_cpu_capability() can't tell."""
-    by_onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")  # there oneDNN also says yes where it only emulates
-    return by_onednn and (torch.cpu._is_avx512_bf16_supported() or not x86)
 
 
 def choose_weights(args):

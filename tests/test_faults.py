@@ -533,10 +533,10 @@ def test_44_two_runs_of_04_at_once(path, record):
 @pytest.mark.parametrize("has, said", [(False, True), (True, False)])
 def test_45_bf16_on_a_cpu_that_has_none(options, out, figures, monkeypatch, capsys, has, said):
     """Said before the work, which then goes on."""
-    monkeypatch.setattr(common, "cpu_has_bfloat16", lambda: has)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
     run_here("03_finetune_head.py", *options, "--epochs", 1, "--bf16", "--device", "cpu")
     before_work = capsys.readouterr().out.partition("Modifying the last layer")[0]
-    assert ("this CPU has no bfloat16: expect it to be several times slower" in before_work) == said
+    assert ("this CPU has no AVX-512 BF16" in before_work and "several times slower" in before_work) == said
     assert "bfloat16" in json_of(out / "03_metrics.json")["made_from"]["precision"]
 
 
