@@ -339,8 +339,6 @@ def get_device(name, bf16=False):
         name = next(name for name in available if available[name])
     if not available[name]:
         raise UserError(f"--device {name}: this machine, or this torch, has none; use --device cpu")
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it, as cuDNN's convolutions do by default
     if bf16 and (name == "mps" or (name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))):
         raise UserError(f"--bf16: {name} does no bfloat16 on this machine; leave it out, or add --device cpu")
     if bf16 and name == "cpu" and not torch.cpu._is_avx512_bf16_supported():  # get_cpu_capability() can't tell
