@@ -167,7 +167,7 @@ def report(kind, error, traceback):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141)  # as a shell reports it of other programs
     if issubclass(kind, KeyboardInterrupt):
-        line = "stopped by Ctrl-C"
+        line = "\nstopped by Ctrl-C"  # a terminal has shown ^C
     elif issubclass(kind, UserError):
         # a DataLoader hands on a worker's error as a long text that ends in "common.UserError: message"
         line = "error: " + " ".join(text.rpartition("common.UserError: ")[2].splitlines())
@@ -180,7 +180,7 @@ def report(kind, error, traceback):
     else:
         sys.__excepthook__(kind, error, traceback)
         return
-    print("\n" * sys.stderr.isatty() + line, file=sys.stderr)  # on a terminal a progress line may stand there
+    print(line, file=sys.stderr)
     if issubclass(kind, KeyboardInterrupt) and not (sys.flags.interactive or hasattr(sys, "ps1")):
         raise SystemExit(130)  # python -i stays at its prompt
 
@@ -264,20 +264,17 @@ def banner(heading, seconds=None, pause=False):
 
 
 def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
-    """Hand on `total` batches; say on stderr how far it is, in place on a terminal, in a log in ever fewer lines."""
-    end, due = ("\r", 0.2) if sys.stderr.isatty() else ("\n", 30)
-    start, done = time.monotonic(), 0
+    """Hand on `total` batches; say on stderr how far it is, after 30 seconds and again when half as long has passed."""
+    start, done, due = time.monotonic(), 0, 30
     for i, batch in enumerate(batches, 1):
         yield batch
         done += size(batch)
         seconds = time.monotonic() - start
         if seconds >= due:
             left = timedelta(seconds=round(seconds / i * (total - i)))
-            text = f"  {i / total:4.0%}, {done:,.0f} {unit}, {done / seconds:,.1f} {unit}/s, {left} left"
-            print(f"{text:<59}", end=end, file=sys.stderr, flush=True)
-            due = seconds + 0.2 if end == "\r" else 2 * seconds
-    if end == "\r":
-        print(" " * 59, end="\r", file=sys.stderr, flush=True)
+            speed = f"{done:,.0f} {unit}, {done / seconds:,.1f} {unit}/s"
+            print(f"  {i / total:4.0%}, {speed}, {left} left", file=sys.stderr)
+            due = 1.5 * seconds
 
 
 # -------------------------------------------------------------------------------------- images, device and weights
