@@ -371,18 +371,16 @@ def choose_weights(args):
 def show_predictions(images, paths, classes, proba, heading):
     """A figure of images, as for imshow, under a heading: over each its true class, the prediction, red where it is
     wrong, with its probability, and the file's name. proba: (B, 2), for cats and dogs."""
-    columns = max(1, min(len(images), 4))
-    rows = max(1, int(np.ceil(len(images) / columns)))
-    plt.figure(figsize=(3 * max(columns, 3), 3.4 * rows + 0.4), layout="constrained")
+    rows = (len(images) + 3) // 4
+    plt.figure(figsize=(12, 3.4 * max(rows, 1) + 0.4), layout="constrained")
     plt.suptitle(heading)
     for i, image in enumerate(images):
         true, pred = CLASSES[classes[i]][:-1], CLASSES[proba[i].argmax()][:-1]  # [:-1]: cat for cats
-        plt.subplot(rows, columns, i + 1)
+        plt.subplot(rows, 4, i + 1)
         imshow(image, f"true: {true}\npredicted: {pred}, {proba[i].max():.3f}\n{Path(paths[i]).name}")
         plt.gca().title.set_color("black" if pred == true else "red")
     if len(images) == 0:
-        plt.axis("off")
-        plt.text(0.5, 0.5, "none", ha="center", size="xx-large")
+        plt.figtext(0.5, 0.5, "none", ha="center", size="xx-large")
 
 
 @torch.inference_mode()
