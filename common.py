@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
 # ImageNet's mean and standard deviation of red, green and blue, for pixels in [0, 1]: VGG16 was trained with these.
@@ -244,8 +243,7 @@ def parse_options(parser):
         print("--show: there is no display here; the figures are only saved")
         args.show = False
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output_dir):
-        pass
+    tempfile.TemporaryDirectory(dir=args.output_dir).cleanup()
     for path in getattr(args, "image", []):
         load_image(path, upright=True)
     return args
@@ -322,8 +320,8 @@ def load_data(args, batch_size=64):
         limit_images(dsets, args.limit)
     options = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
     print(f"{len(dsets['train']):,} images to train, {len(dsets['valid']):,} to validate")
-    loader_train = DataLoader(dsets["train"], batch_size=batch_size, shuffle=True, **options)
-    loader_valid = DataLoader(dsets["valid"], batch_size=5, shuffle=False, **options)
+    loader_train = torch.utils.data.DataLoader(dsets["train"], batch_size=batch_size, shuffle=True, **options)
+    loader_valid = torch.utils.data.DataLoader(dsets["valid"], batch_size=5, shuffle=False, **options)
     return device, dsets, loader_train, loader_valid
 
 
