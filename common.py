@@ -487,8 +487,8 @@ def save_results(args, step, model, record, history, result=()):
     Called before the test too: that may fail, and the training is not lost then."""
     losses, accuracies, seconds = np.transpose(history).tolist()
     metrics = {"options": vars(args), "weights": args.weights, "pretrained": args.weights != "untrained",
-               "dataset": args.data_dir, "made_from": record, "train_seconds": sum(seconds),
-               "seconds_per_epoch": sum(seconds) / len(seconds), "train_loss": losses, "train_accuracy": accuracies}
+               "dataset": args.data_dir, "made_from": record, "seconds_per_epoch": np.mean(seconds),
+               "train_loss": losses, "train_accuracy": accuracies}
     files = {f"{step}_head.pt": {name: value.cpu() for name, value in model.classifier[6].state_dict().items()}}
     if result:
         predictions, all_proba, all_classes = result

@@ -255,7 +255,7 @@ def test_results_are_saved_before_the_test_and_after_it(vgg, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"04_head.pt", "04_metrics.json"}
     assert json_of(tmp_path / "04_metrics.json").keys() == metrics.keys()
     assert (metrics["train_loss"], metrics["train_accuracy"]) == ([0.7, 0.6], [0.5, 0.75])
-    assert (metrics["seconds_per_epoch"], metrics["train_seconds"]) == (4, 8)
+    assert metrics["seconds_per_epoch"] == 4
     proba = np.float32([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
     arrays = {"04_predictions": np.array([0, 0, 1]), "04_all_proba": proba, "04_all_classes": np.array([0, 1, 1])}
     common.save_results(args, "04", vgg, {"transform": "T"}, history, tuple(arrays.values()))
