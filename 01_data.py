@@ -60,7 +60,7 @@ def fetch(url, part):
         with open(part, "ab") as file:
             file.truncate(done)
             chunks = iter(lambda: response.read(MIB), b"")
-            for chunk in progress(chunks, -(-(SIZE - done) // MIB), "MB", lambda chunk: len(chunk) / 1e6):
+            for chunk in progress(chunks, -(-(SIZE - done) // MIB)):
                 file.write(chunk)
     if part.stat().st_size != SIZE:
         raise OSError(f"the connection closed after {part.stat().st_size:,} of {SIZE:,} bytes")
@@ -95,7 +95,7 @@ def unpack(archive, folder):
             raise EOFError("another size or checksum")
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python's own guard, where it has one
-            for member in progress(tar, sum(COUNTS.values()), "files", lambda member: 1):
+            for member in progress(tar, sum(COUNTS.values())):
                 path = PureWindowsPath(member.name)  # which also knows "/"
                 plain = member.isfile() or member.isdir()  # no link, device or pipe
                 if not plain or path.anchor or ".." in path.parts or ":" in member.name:
@@ -128,7 +128,7 @@ def from_kaggle(source, folder):
         places |= {f"sample/train/{name}": train[:8], f"sample/valid/{name}": valid[:4]}
     for name, images in places.items():
         (folder / name).mkdir(parents=True)
-        for image in progress(images, len(images), "files", lambda image: 1):
+        for image in progress(images, len(images)):
             shutil.copyfile(image, folder / name / image.name)
 
 

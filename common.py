@@ -259,17 +259,15 @@ def banner(heading, seconds=None, pause=False):
             sys.stdin.readline()
 
 
-def progress(batches, total, unit="images", size=lambda batch: len(batch[-1])):
+def progress(batches, total):
     """Hand on `total` batches; say on stderr how far it is, after 30 seconds and again when half as long has passed."""
-    start, done, due = time.monotonic(), 0, 30
+    start, due = time.monotonic(), 30
     for i, batch in enumerate(batches, 1):
         yield batch
-        done += size(batch)
         seconds = time.monotonic() - start
         if seconds >= due:
             left = timedelta(seconds=round(seconds / i * (total - i)))
-            speed = f"{done:,.0f} {unit}, {done / seconds:,.1f} {unit}/s"
-            print(f"  {i / total:4.0%}, {speed}, {left} left", file=sys.stderr)
+            print(f"  {i / total:4.0%}, {left} left", file=sys.stderr)
             due = 1.5 * seconds
 
 
