@@ -382,37 +382,34 @@ def show_photos(paths, predict, heading):
     """A figure of photos of one's own, each beside a bar per answer; prints the answers too. `predict` gives names and
     probabilities (K,) for inputs (1, 3, 224, 224), made as the weights' own transforms do: resized, then cropped."""
     print("\nBeyond the lecture: your own photos, turned upright and resized as the weights were trained")
-    plt.figure(figsize=(10, min(3 * len(paths), 600)), layout="constrained")  # no picture file can be much higher
-    plt.suptitle(heading)
-    for row, path in enumerate(paths):
+    height = min(3 * len(paths), 600)  # no picture file can be much higher
+    figure, rows = plt.subplots(len(paths), 2, squeeze=False, figsize=(10, height), layout="constrained")
+    figure.suptitle(heading)
+    for path, (left, right) in zip(paths, rows, strict=True):
         photo = load_image(path, upright=True)
         names, probs = predict(IMAGENET.transforms()(photo)[None])
         print(f"  {path}:", ", ".join(f"{name} {p:.3f}" for name, p in zip(names, probs, strict=True)))
-        plt.subplot(len(paths), 2, 2 * row + 1)
         photo.thumbnail((600, 600))
+        plt.sca(left)
         imshow(photo, Path(path).name)
-        plt.subplot(len(paths), 2, 2 * row + 2)
-        plt.bar_label(plt.barh(names, probs), fmt="%.3f", padding=2)
-        plt.gca().invert_yaxis()  # the first one on top
-        plt.xlim(0, 1.15)
-        plt.xlabel("probability")
+        right.bar_label(right.barh(names, probs), fmt="%.3f", padding=2)
+        right.set(xlim=(0, 1.15), xlabel="probability")
+        right.invert_yaxis()  # the first one on top
 
 
 def plot_training(metrics, title):
     """A figure of loss and accuracy per epoch, and on the validation set at the end."""
-    plt.figure(figsize=(9.2, 4), layout="constrained")
-    plt.suptitle(title)
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 4), layout="constrained")
+    figure.suptitle(title)
     epochs = range(1, len(metrics["train_loss"]) + 1)
-    for i, name in enumerate(["loss", "accuracy"]):
-        plt.subplot(1, 2, i + 1)
-        plt.plot(epochs, metrics[f"train_{name}"], "o-", markersize=4, label="train, during the epoch")
-        plt.plot(len(epochs), metrics[f"valid_{name}"], "s", markersize=10, fillstyle="none", label="valid, at the end")
-        plt.xlabel("epoch")
-        plt.ylabel(f"{name} (mean per image)" if name == "loss" else name)
-        plt.gca().xaxis.get_major_locator().set_params(integer=True)
-        plt.legend(loc="best" if name == "loss" else "lower right")
-    plt.ylim(0, 1.05)
-    plt.axhline(0.5, color="grey", linestyle=":")  # a guess
+    for ax, name in zip(axes, ["loss", "accuracy"], strict=True):
+        ax.plot(epochs, metrics[f"train_{name}"], "o-", markersize=4, label="train, during the epoch")
+        ax.plot(len(epochs), metrics[f"valid_{name}"], "s", markersize=10, fillstyle="none", label="valid, at the end")
+        ax.set(xlabel="epoch", ylabel=f"{name} (mean per image)" if name == "loss" else name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(loc="best" if name == "loss" else "lower right")
+    axes[1].set_ylim(0, 1.05)
+    axes[1].axhline(0.5, color="grey", linestyle=":")  # a guess
 
 
 # --------------------------------------------------------------------------------------------- what a result hangs on
