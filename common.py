@@ -339,9 +339,8 @@ def get_device(name, bf16=False):
 
 
 def choose_weights(args):
-    """Download VGG16's ImageNet weights if they are asked for and not there yet. Where they can't be had a --sample run
-    goes on untrained, after a loud notice; others end in UserError. Returns "" or ", untrained weights", to write
-    beside results."""
+    """Download VGG16's ImageNet weights if they are asked for and not there; where that fails a --sample run goes on
+    untrained, others end in UserError. Returns "" or ", untrained weights", to write beside results."""
     if args.weights == "imagenet" and not IMAGENET_FILE.exists():
         print(f"downloading VGG16's ImageNet weights (528 MB) to {IMAGENET_FILE}")
         try:
