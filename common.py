@@ -260,8 +260,8 @@ def banner(heading, seconds=None, pause=False):
 
 
 def progress(batches, total):
-    """Hand on `total` batches; say on stderr how far it is, after 30 seconds and again when half as long has passed."""
-    start, due = time.monotonic(), 30
+    """Hand on `total` batches; say on stderr how far it is: after 5 seconds, then each time half as long again."""
+    start, due = time.monotonic(), 5
     for i, batch in enumerate(batches, 1):
         yield batch
         seconds = time.monotonic() - start

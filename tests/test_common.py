@@ -192,7 +192,7 @@ def test_progress_is_a_few_lines_and_none_for_quick_work(monkeypatch, capsys):
     monkeypatch.setattr(common.time, "monotonic", lambda: next(ten_seconds_a_batch))
     assert list(common.progress(batches, 100)) == batches
     first, *lines = capsys.readouterr().err.splitlines()
-    assert first.split() == ["3%,", "0:16:10", "left"] and 6 <= len(lines) <= 12
+    assert first.split() == ["1%,", "0:16:30", "left"] and 8 <= len(lines) <= 12
 
 
 @pytest.mark.parametrize("n, train, valid", [
