@@ -373,7 +373,8 @@ def show_predictions(images, paths, classes, proba, heading):
         imshow(image, f"true: {true}\npredicted: {pred}, {proba[i].max():.3f}\n{Path(paths[i]).name}")
         plt.gca().title.set_color("black" if pred == true else "red")
     if len(images) == 0:
-        plt.figtext(0.5, 0.5, "none", ha="center", size="xx-large")
+        plt.axis("off")  # a notebook shows no figure without axes
+        plt.text(0.5, 0.5, "none", ha="center", size="xx-large")
 
 
 @torch.inference_mode()
