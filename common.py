@@ -159,6 +159,8 @@ def naming(path, problem="can't be written", remedy="mend that, or take another 
 
 def report(kind, error, traceback):
     """How a script ends: one line and status 1 where the user can mend it, 130 after Ctrl-C, a traceback for a bug."""
+    if torch.utils.data.get_worker_info():
+        return  # called by a thread of a worker that Ctrl-C has cut off; the main process says what there is to say
     text = str(error).strip()
     if issubclass(kind, BrokenPipeError):  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
