@@ -310,6 +310,13 @@ def test_30_ctrl_c_with_workers_keeps_the_part_file(tmp_path, out):
     assert re.fullmatch(r"conv_feat_train\.\w{16}\.part", *os.listdir(out))
 
 
+def test_30_what_ctrl_c_does_to_a_workers_threads_is_not_said(monkeypatch, capsys):
+    """multiprocessing's resource_sharer calls sys.excepthook in the worker when its main process has gone."""
+    monkeypatch.setattr(torch.utils.data._utils.worker, "_worker_info", object())
+    common.report(ConnectionResetError, ConnectionResetError(104, "Connection reset by peer"), None)
+    assert capsys.readouterr().err == ""
+
+
 def test_31_spawn_start_method(tmp_path, out, figures, monkeypatch, vgg, capfd):
     """As on macOS and Windows: a worker is a new Python that imports the script, finds its functions, and doesn't run it."""
     dataset, main = make_dataset(tmp_path / "data set", train=1, valid=2), types.ModuleType("__main__")
