@@ -226,9 +226,8 @@ def parse_options(parser):
     if args.sample:
         args.data_dir = args.data_dir / "sample" if (args.data_dir / "sample").is_dir() else HERE / "sample"
     if args.num_workers is None:  # a GPU needs many; a CPU that runs VGG16 loads an image in 1 or 2 % of the time
-        gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-        use_gpu = gpu and getattr(args, "device", "cpu") != "cpu"
-        args.num_workers = min(torch.get_num_threads(), 16) if use_gpu and not args.sample else 0
+        on_gpu = torch.accelerator.is_available() and getattr(args, "device", "cpu") != "cpu"
+        args.num_workers = min(torch.get_num_threads(), 16) if on_gpu and not args.sample else 0
     if hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
         # a path may hold what the console can't print; and a closed pipe is noticed at the next line
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -262,12 +261,12 @@ def banner(heading, seconds=None, pause=False):
 
 
 def progress(batches, total):
-    """Hand on `total` batches; say on stderr how far it is: after 5 seconds, then each time half as long again."""
-    start, due = time.monotonic(), 5
+    """Hand on `total` batches; say on stderr how far it is: after 10 seconds, then each time half as long again."""
+    start, due = time.monotonic(), 10
     for i, batch in enumerate(batches, 1):
         yield batch
         seconds = time.monotonic() - start
-        if seconds >= due:
+        if seconds >= due and i < total:
             left = timedelta(seconds=round(seconds / i * (total - i)))
             print(f"  {i / total:4.0%}, {left} left", file=sys.stderr)
             due = 1.5 * seconds
@@ -465,7 +464,7 @@ def save(folder, files):
                 file.flush()
                 os.fsync(file.fileno())
         if len(files) > 1:
-            (folder / name).unlink(missing_ok=True)
+            (folder / list(files)[-1]).unlink(missing_ok=True)
         for name in files:
             os.replace(Path(parts, name), folder / name)
     print("saved", *(folder / name for name in files), sep="\n  " if len(files) > 1 else " ")

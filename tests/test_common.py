@@ -153,8 +153,7 @@ def test_numbers_out_of_range_are_wrong_options(monkeypatch, tmp_path, capsys, o
 def test_folders_and_workers_by_default(monkeypatch, tmp_path, capsys, options, threads, size, data_dir, workers):
     """Where the dataset has a sample it goes before the bundled one. A machine has a GPU where its threads are told."""
     (tmp_path / data_dir).mkdir(parents=True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: threads is not None)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: threads is not None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads or 8)
     args = parse(monkeypatch, tmp_path, *options)
     assert args.output_dir == tmp_path / "outputs" / size and args.output_dir.is_dir()
