@@ -502,7 +502,8 @@ def log_loss(all_proba, all_classes):
 
 
 def load(path, remedy):
-    """A saved array (memory-mapped), dict or state dict; UserError where it is missing, damaged, or could run code."""
+    """A saved array, dict or state dict; UserError where it is missing, damaged, or could run code. An array stays in
+    its file, memory-mapped: what is changed of it is changed in memory alone."""
     with naming(path, "missing, damaged or unsafe", remedy):
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="c", allow_pickle=False)

@@ -40,7 +40,6 @@ def make_archive(*extra):
 ARCHIVE, PART = make_archive(), "dogscats.tgz.part"
 PAGE = b"<html>Welcome to the cafe, please log in</html>"
 BODIES = {"page": PAGE, "page without length": PAGE, "another archive": ARCHIVE + bytes(1)}
-# What else may be wrong while the dataset is fetched
 nothing = contextlib.nullcontext()
 environment = functools.partial(mock.patch.dict, "os.environ")
 impatient = mock.patch("urllib.request.urlopen", functools.partial(data.urllib.request.urlopen, timeout=0.5))
