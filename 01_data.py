@@ -24,7 +24,7 @@ from pathlib import Path, PureWindowsPath
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision
+import torchvision  # what the script itself does not use is there for what the video types
 from torch import nn
 from torchvision import datasets, models, transforms
 
@@ -49,18 +49,18 @@ def fetch(url, part):
     try:
         response = urllib.request.urlopen(request)  # gives up after 30 s of silence: see socket in common.py
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # the server can't go on from there, or the part is too long: all of it, then
+        if error.code != 416:
             raise
-        response = urllib.request.urlopen(url)
+        response = urllib.request.urlopen(url)  # it can't go on from there, or the part is too long: all of it, then
     with response:
-        if response.status != 206:  # the whole file: the server knows no Range
+        if response.status != 206:  # the whole file: nothing is there yet, or the server knows no Range
             done = 0
         if response.headers.get("Content-Length") != str(SIZE - done):
             raise OSError("what it sends is not the archive; does this network want you to log in?")
         with open(part, "ab") as file:
             file.truncate(done)
             chunks = iter(lambda: response.read(MIB), b"")
-            for chunk in progress(chunks, -(-(SIZE - done) // MIB)):
+            for chunk in progress(chunks, (SIZE - done) // MIB + 1):
                 file.write(chunk)
     if part.stat().st_size != SIZE:
         raise OSError(f"the connection closed after {part.stat().st_size:,} of {SIZE:,} bytes")
@@ -112,7 +112,7 @@ def unpack(archive, folder):
 
 
 def from_kaggle(source, folder):
-    """Fill folder from Kaggle's train/cat.0.jpg ... and test1/1.jpg ...; the last 8 % of each class are valid."""
+    """Fill folder from Kaggle's train/cat.0.jpg ... and test1/1.jpg ...; the last 8 % of each class go to valid."""
     def numbered(pattern):
         paths = [path for path in source.glob(pattern) if path.name.split(".")[-2].isdecimal()]
         return sorted(paths, key=lambda path: int(path.name.split(".")[-2]))
@@ -123,7 +123,7 @@ def from_kaggle(source, folder):
         n_valid = max(1, len(images) * 8 // 100)
         train, valid = images[:-n_valid], images[-n_valid:]
         if not train:
-            raise UserError(f"{source}: needs two of Kaggle's train/{name[:-1]}.0.jpg or more, and holds {len(images)}")
+            raise UserError(f"{source}: needs two or more images like train/{name[:-1]}.0.jpg, and holds {len(images)}")
         places |= {f"train/{name}": train, f"valid/{name}": valid}
         places |= {f"sample/train/{name}": train[:8], f"sample/valid/{name}": valid[:4]}
     for name, images in places.items():
@@ -134,7 +134,7 @@ def from_kaggle(source, folder):
 
 def get_dataset(data_dir, kaggle):
     """Make sure that data_dir holds a dataset; what is there already is never fetched again or overwritten. A new one
-    is made in a folder beside it, which gets the final name when all is there: UserError, and nothing, else."""
+    is made in a folder beside it, which gets the final name when all is there; UserError where that fails."""
     if data_dir.exists() and any(data_dir.iterdir()):
         if kaggle:
             raise UserError(f"--from-kaggle: {data_dir} is not empty, and the two must not mix; move it away")
@@ -146,7 +146,7 @@ def get_dataset(data_dir, kaggle):
     if not kaggle and not archive.exists():
         download(archive)
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed: no other program has this name
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed: no other program uses this name
         if kaggle:
             from_kaggle(kaggle, folder)
         else:
@@ -181,7 +181,7 @@ if __name__ == "__main__":
     print("torch", torch.__version__)
     print("Python", sys.version)
     # Without a GPU take --sample (seconds) or some of the photos (--limit 1000: minutes), or expect hours for all.
-    gpu = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
+    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None
     device = torch.device(gpu or "cpu")
     print("Using gpu:", device.type != "cpu")
 
@@ -201,8 +201,8 @@ if __name__ == "__main__":
 
 # %% Data processing
     banner("Data processing", 1550, args.pause)
-    # Every network of torchvision expects what it was trained with: pixels in [0, 1], less the mean of ImageNet's and
-    # divided by their standard deviation, at least 224 of them wide and high.
+    # Every network of torchvision expects what it was trained with: pixels in [0, 1], less ImageNet's mean and divided
+    # by its standard deviation, at least 224 of them wide and high. CenterCrop takes the middle: all get one size.
     normalize = transforms.Normalize(mean=MEAN, std=STD)
     # Compose runs its steps in order. Random flips, crops or jitter of the colours would go here.
     # The later scripts take the same steps from common.py: what you change here, change there too.
@@ -239,10 +239,10 @@ if __name__ == "__main__":
     print("labels_try, of the first one:", labels_try)
     print("inputs_try.shape:", tuple(inputs_try.shape))  # (5, 3, 224, 224)
 
-    # An image is a block of numbers: (colour, row, column). What is darker than ImageNet's mean is negative.
+    # An image is a block of numbers (colour, row, column), a batch (image, colour, row, column). Dark is negative.
     print("\nWhat is an image for your computer? inputs_try[0]:", inputs_try[0], sep="\n")
 
-    # Make a grid from the first batch of the validation data; imshow, in common.py, undoes normalize and shows it
+    # Make a grid from the first batch of the validation data; imshow, in common.py, undoes normalize and shows it all
     out = torchvision.utils.make_grid(inputs_try)
     plt.figure(figsize=(10, 2.4), layout="constrained")
     imshow(out, title=[dset_classes[x] for x in labels_try])
@@ -257,4 +257,4 @@ if __name__ == "__main__":
     save_figure(args.output_dir / "01_train_batch.png", args.show)
 
     save(args.output_dir, {"inputs_try.npy": inputs_try.numpy(), "labels_try.npy": labels_try.numpy()})
-    print("\nDone. Next, with the same options: python 02_vgg_imagenet.py")
+    print("\nDone. Next, with the same common options: python 02_vgg_imagenet.py")

@@ -12,7 +12,7 @@ Reads the dataset. Leaves in the output folder probs_try.npy and 02_predictions.
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision
+import torchvision  # what the script itself does not use is there for what the video types
 from torch import nn
 from torchvision import datasets, models, transforms
 
@@ -37,7 +37,7 @@ def zero_shot(args, model, device, loader_valid, images, note):
     predictions, all_classes = sums.argmax(axis=1), np.array(dset.targets)
     accuracy = np.mean(predictions == all_classes)
     outside = float(1 - sums.sum(axis=1).mean())
-    confusion = [[int(np.sum((all_classes == true) & (predictions == pred))) for pred in [0, 1]] for true in [0, 1]]
+    confusion = [[int(np.sum(predictions[all_classes == true] == pred)) for pred in [0, 1]] for true in [0, 1]]
     print(f"accuracy {accuracy:.4f} on {len(all_classes):,} validation images{note}")
     for name, counts in zip(dset.classes, confusion, strict=True):
         print(f"of {sum(counts):,} {name}: {counts[0]:,} taken for cats, {counts[1]:,} for dogs")
@@ -66,8 +66,8 @@ if __name__ == "__main__":
 
 # %% Creating VGG Model
     banner("Creating VGG Model", 2451, args.pause)
-    # ImageNet: 1.2 million photos of 1,000 classes. The weights learned from them are downloaded once, and read from
-    # the disk after that: load_vgg16, in common.py, is models.vgg16(weights="DEFAULT") where they are already there.
+    # ImageNet: 1.2 million photos of 1,000 classes. The weights learned from them are downloaded once (above), and read
+    # from the disk after that: load_vgg16, in common.py, gives the network that models.vgg16(weights="DEFAULT") gives.
     model_vgg = load_vgg16(args.weights)
     dic_imagenet = IMAGENET.meta["categories"]
     print("the first of 1,000 categories, dic_imagenet[:4]:", dic_imagenet[:4])
@@ -76,7 +76,7 @@ if __name__ == "__main__":
     inputs_try, labels_try = inputs_try.to(device), labels_try.to(device)
     model_vgg = to_device(model_vgg, device, args.bf16)
 
-    model_vgg.eval()  # without dropout: in training mode it would predict at random
+    model_vgg.eval()  # without dropout, which would change what it predicts at every call
     with torch.inference_mode():  # no gradients are needed to predict
         outputs_try = model_vgg(inputs_try)
     print("\noutputs_try:", outputs_try, sep="\n")
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     m_softm = nn.Softmax(dim=1)
     probs = m_softm(outputs_try)  # (5, 1000)
     vals_try, preds_try = torch.max(probs, dim=1)
-    print("\ntheir sum, torch.sum(probs, 1):", torch.sum(probs, 1))
+    print("\nthe sum of each image, torch.sum(probs, 1):", torch.sum(probs, 1))
     print("the largest of each image, vals_try:", vals_try)
     print("the class it belongs to:", [dic_imagenet[i] for i in preds_try])
 
@@ -112,4 +112,4 @@ if __name__ == "__main__":
 
         show_photos(args.image, five_most_likely, f"What VGG16 sees{note}")
         save_figure(args.output_dir / "02_images.png", args.show)
-    print(f"\nDone{note}. Next, with the same options: python 03_finetune_head.py")
+    print(f"\nDone{note}. Next, with the same common options: python 03_finetune_head.py")

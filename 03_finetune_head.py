@@ -12,7 +12,7 @@ Reads the dataset. Leaves in the output folder 03_head.pt, 03_predictions.npy, 0
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision
+import torchvision  # what the script itself does not use is there for what the video types
 from torch import nn
 from torchvision import datasets, models, transforms
 
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     print("\nthe size of one image after each block, and how many numbers to learn the block holds:")
     x, block, n_params = torch.zeros(1, 3, 224, 224), 0, 0
     with torch.inference_mode():
-        for layer in [*model_vgg.features, model_vgg.avgpool, nn.Flatten(), *model_vgg.classifier.eval()]:
+        for layer in [*model_vgg.features, model_vgg.avgpool, nn.Flatten(), *model_vgg.classifier]:
             x = layer(x)
             n_params += sum(param.numel() for param in layer.parameters())
             if isinstance(layer, (nn.MaxPool2d, nn.Linear)):  # the end of a block
@@ -89,10 +89,9 @@ if __name__ == "__main__":
     train_model(model_vgg, loader_train, size=dset_sizes["train"], epochs=args.epochs, optimizer=optimizer_vgg,
                 criterion=criterion, history=history)
 
-    # The proof: which numbers are other ones now?
-    for kind in ["frozen", "trainable"]:
-        params = {name: param for name, param in model_vgg.named_parameters()
-                  if param.requires_grad == (kind == "trainable")}
+    # The proof: which numbers have changed?
+    for kind, learns in [("frozen", False), ("trainable", True)]:
+        params = {name: param for name, param in model_vgg.named_parameters() if param.requires_grad == learns}
         n_changed = sum(int((param != before[name]).sum()) for name, param in params.items())
         print(f"of {sum(param.numel() for param in params.values()):,} {kind} numbers {n_changed:,} changed")
     record = made_from(images, model_vgg)
@@ -101,14 +100,15 @@ if __name__ == "__main__":
     predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes["valid"])
     metrics = save_results(args, "03", model_vgg, record, history, (predictions, all_proba, all_classes))
 
-    # The first four cats and the last four dogs to validate; a batch of loader_valid would hold cats alone
+    # The first four cats and the last four dogs to validate; the first batch of loader_valid holds hardly any dog
     n_images = 8
-    idx = sorted({*range(dset_sizes["valid"])[:n_images // 2], *range(dset_sizes["valid"])[-n_images // 2:]})
+    every = range(dset_sizes["valid"])
+    idx = sorted({*every[:n_images // 2], *every[-n_images // 2:]})
     inputs = torch.stack([dsets["valid"][i][0] for i in idx])  # (8, 3, 224, 224)
     classes = torch.tensor([dsets["valid"].targets[i] for i in idx])
     with torch.inference_mode():
         outputs = model_vgg(inputs.to(device))  # (8, 2)
-    print("\nprobabilities of cat and dog for some of them, torch.exp(outputs):", torch.exp(outputs), sep="\n")
+    print(f"\nprobabilities of cat and dog, {len(idx)} images, torch.exp(outputs):", torch.exp(outputs), sep="\n")
     print("their classes:", classes)
     show_predictions(inputs, [dsets["valid"].imgs[i][0] for i in idx], classes, outputs.exp().cpu(),
                      f"Validation images: true class, prediction and its probability{note}")
@@ -120,5 +120,6 @@ if __name__ == "__main__":
     n_steps = args.epochs * len(loader_train)
     if args.sample and n_steps < 10:
         print(f"\n{n_steps} steps on {dset_sizes['train']} images: it runs, it has not learned yet.")
-        print("To see it learn: python 04_precompute.py --sample --layer fc7" + (" --lr 0.1" if note else ""))
-    print(f"\nDone{note}. Next, with the same options: python 04_precompute.py")
+        untrained = " --weights untrained --lr 0.1" if note else ""
+        print(f"To see it learn: python 04_precompute.py --sample --layer fc7{untrained}")
+    print(f"\nDone{note}. Next, with the same common options: python 04_precompute.py")

@@ -8,7 +8,7 @@ https://youtu.be/ZhC-DIrCe6A?t=3460).
   python 04_precompute.py                              all 25,000; stopped, it goes on where it was
 
 Reads the dataset, and 03_head.pt where it fits. Leaves in the output folder conv_feat_train.npy, conv_feat_valid.npy
-(2.5 GB for all images; fc7_feat_*.npy: 0.4 GB), labels_train.npy, labels_valid.npy, and like 03 04_head.pt and so on.
+(2.5 GB for all images; fc7_feat_*.npy: 0.4 GB), labels_train.npy, labels_valid.npy, and 04_head.pt and so on, as 03.
 """
 import hashlib
 import math
@@ -18,7 +18,7 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision
+import torchvision  # what the script itself does not use is there for what the video types
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, models, transforms
@@ -52,8 +52,8 @@ class FeatureFile:
         np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         header, row_bytes = self.file.tell(), 4 * math.prod(shape[1:])
         rows = (self.file.seek(0, os.SEEK_END) - header) // row_bytes
-        self.done = min(rows, shape[0] - 1) // batch_size * batch_size
-        self.file.seek(self.file.truncate(header + self.done * row_bytes))
+        self.done = min(rows, shape[0] - 1) // batch_size * batch_size  # a batch is left at least, to end with
+        self.file.truncate(self.file.seek(header + self.done * row_bytes))
         if self.done:
             print(f"{path.name}: going on after the first {self.done:,} of {shape[0]:,} images")
 
@@ -76,7 +76,7 @@ class FeatureFile:
             with naming(self.part):
                 os.fsync(self.file.fileno())
                 self.file.close()
-                self.json.unlink(missing_ok=True)  # without it a file is made again: a new one never goes by an old one
+                self.json.unlink(missing_ok=True)  # a file without one is made again: no new rows with an old record
                 os.replace(self.part, self.path)
             self.part = None
             save(self.path.parent, {self.json.name: {**self.record, "images_per_second": speed}})
@@ -107,7 +107,7 @@ if __name__ == "__main__":
 
     # Notice: what is frozen gives the same for an image in every epoch, so it need not run more than once.
     if args.layer == "conv":
-        frozen, trained = model_vgg.features, model_vgg.classifier
+        frozen, trained = model_vgg.features, model_vgg.classifier  # avgpool, between them, leaves 7 x 7 as it is
     else:
         # The frozen dense layers too run once, without dropout. What is left to train is a simple logistic regression.
         frozen = nn.Sequential(model_vgg.features, model_vgg.avgpool, nn.Flatten(), model_vgg.classifier[:6])
@@ -120,8 +120,8 @@ if __name__ == "__main__":
     print("features of the first batch, x_try.shape:", tuple(x_try.shape))  # (5, 512, 7, 7) or (5, 4096)
 
     def preconvfeat(dataloader, conv_features=None):
-        """What the frozen layers make of each image of the dataloader, (N, 512, 7, 7) or (N, 4096) float32, and its
-        label. conv_features is what the rows are added to: by default a list; below a list that is kept in a file."""
+        """What the frozen layers make of the dataloader's images, (N, 512, 7, 7) or (N, 4096) float32, and the labels.
+        conv_features is what the rows are added to: by default a list; below a list that is kept in a file."""
         conv_features = [] if conv_features is None else conv_features
         labels_list = []
         with torch.inference_mode():
@@ -159,13 +159,12 @@ if __name__ == "__main__":
     path_03, again = args.output_dir / "03_metrics.json", "run python 03_finetune_head.py again"
     metrics_03 = load(path_03, again) if path_03.exists() else {}
     changed = differences(metrics_03.get("made_from", {}), record)
-    from_03 = not changed
-    if from_03:
+    if from_03 := not changed:
         load_state(model_vgg.classifier[6], args.output_dir / "03_head.pt", again).to(device)
         print("the last layer goes on from 03_head.pt: trained on the same images, through the same layers")
     else:
-        print("the last layer starts afresh:", f"03_head.pt was trained with other {changed}" if metrics_03 else
-              "there is no 03_head.pt here")
+        why = f"03_head.pt was trained with other {changed}" if metrics_03 else "there is no 03_head.pt here"
+        print("the last layer starts afresh:", why)
     criterion = nn.NLLLoss()
     optimizer_vgg = torch.optim.SGD(model_vgg.classifier[6].parameters(), lr=args.lr)
     torch.manual_seed(args.seed)  # shuffling and dropout
@@ -184,16 +183,18 @@ if __name__ == "__main__":
     if from_03 and speed:
         on_images, once = metrics_03["seconds_per_epoch"], dset_sizes["train"] / speed
         print(f"an epoch on images, in 03_finetune_head.py: {on_images:.3f} s")
-        paid = f"after epoch {math.ceil(once / (on_images - on_features))}" if on_images > on_features else "never"
-        print(f"computing the features of the training images, once: {once:.1f} s; this has paid for itself {paid}")
+        saves = on_images - on_features  # seconds, in each epoch
+        paid = f"has paid for itself after epoch {math.ceil(once / saves)}" if saves > 0 else "does not pay"
+        print(f"computing the features of the training images, once: {once:.1f} s; this {paid}")
 
     plot_training(metrics, f"Training the last layer on features{note}")
     save_figure(args.output_dir / "04_training.png", args.show)
 
     # The first four cats and the last four dogs to validate
-    idx = sorted({*range(dset_sizes["valid"])[:4], *range(dset_sizes["valid"])[-4:]})
+    every = range(dset_sizes["valid"])
+    idx = sorted({*every[:4], *every[-4:]})
     show_predictions([dsets["valid"][i][0] for i in idx], [dsets["valid"].imgs[i][0] for i in idx], all_classes[idx],
                      all_proba[idx], f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "04_valid_batch.png", args.show)
 
-    print(f"\nDone{note}. Next, with the same options: python 05_analysis.py")
+    print(f"\nDone{note}. Next, with the same common options: python 05_analysis.py")

@@ -15,7 +15,7 @@ import copy
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision
+import torchvision  # what the script itself does not use is there for what the video types
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
@@ -27,15 +27,14 @@ from common import (CLASSES, UserError, banner, choose_weights, differences, fre
 def load_results(args, step, images):
     """metrics, predictions (M,), all_proba (M, 2), all_classes (M,) of a step; UserError unless they fit the images."""
     again = f"run python {'03_finetune_head.py' if step == '03' else '04_precompute.py'} with the same options"
-    metrics, predictions, all_proba, all_classes = (
-        load(args.output_dir / f"{step}_{name}", again)
-        for name in ["metrics.json", "predictions.npy", "all_proba.npy", "all_classes.npy"])
-    now = {name: images[name] for name in ["transform", "valid images"]}
-    if changed := differences(metrics.get("made_from", {}), now):
-        raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with other {changed}; {again}")
+    metrics = load(args.output_dir / f"{step}_metrics.json", again)
     if "valid_loss" not in metrics:
         raise UserError(f"{args.output_dir / f'{step}_metrics.json'}: stopped before the test; {again}")
-    return metrics, predictions, all_proba, all_classes
+    now = {name: images[name] for name in ["transform", "valid images"]}
+    if changed := differences(metrics["made_from"], now):
+        raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with other {changed}; {again}")
+    names = ["predictions", "all_proba", "all_classes"]
+    return metrics, *(load(args.output_dir / f"{step}_{name}.npy", again) for name in names)
 
 
 def plot_confusion(confusion, title):
@@ -53,7 +52,7 @@ def plot_confusion(confusion, title):
 
 
 def plot_histogram(all_proba, all_classes, title):
-    """How sure it is of each image: two heaps far apart are good, and what lies beyond 0.5 is wrong."""
+    """How sure it is of each image: two heaps far apart are good; what is on the other's side of 0.5 is wrong."""
     plt.figure(figsize=(7, 4), layout="constrained")
     plt.hist([all_proba[all_classes == k, 1] for k in [0, 1]], bins=20, range=(0, 1), label=CLASSES)
     plt.axvline(0.5, color="grey", linestyle="--")
@@ -66,7 +65,7 @@ def plot_histogram(all_proba, all_classes, title):
 
 
 def load_trained(args, step, metrics, images, device):
-    """VGG16 with the last layer that `step` trained; UserError unless all below that layer is as it was then."""
+    """VGG16 with the last layer that `step` trained; UserError unless all below it, and the images, are the same."""
     choose_weights(args)
     model_vgg = to_device(freeze_and_replace_head(load_vgg16(args.weights)), device, args.bf16)
     if changed := differences(metrics["made_from"], made_from(images, model_vgg)):
@@ -173,7 +172,7 @@ if __name__ == "__main__":
     print(f"\nsummary of {of_step}")
     print(f"  accuracy            {len(correct) / dset_sizes['valid']:.4f}")
     print(f"  log loss            {metrics['valid_loss']:.4f}  (NLLLoss, as in training)")
-    print(f"  log loss, clipped   {log_loss(all_proba.clip(0.005, 0.995), all_classes):.4f}  (as submitted to Kaggle)")
+    print(f"  log loss, clipped   {log_loss(all_proba.clip(0.005, 0.995), all_classes):.4f}  (as Kaggle scores)")
     print(f"  cats taken for dogs {confusion[0, 1]:,} of {confusion[0].sum():,}")
     print(f"  dogs taken for cats {confusion[1, 0]:,} of {confusion[1].sum():,}")
     if (args.output_dir / "02_zero_shot.json").exists():

@@ -149,7 +149,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def naming(path, problem="can't be written", remedy="mend that, or take another folder"):
-    """Any error inside it becomes a UserError: the file (a full disk names none itself), what is wrong, the remedy."""
+    """Turn any error inside it into a UserError that names the file, which a full disk's does not, and the remedy."""
     try:
         yield
     except Exception as error:  # a damaged file can set off any
@@ -198,14 +198,14 @@ def option_parser(doc, network=True):
     add = common.add_argument
     add("--data-dir", type=Path, metavar="DIR", help="where train/ and valid/ are (default: data/dogscats)")
     add("--output-dir", type=Path, metavar="DIR", help="where results go (default: outputs/full, sample or limit-N)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of all randomness (default: 0)")
-    add("--num-workers", type=int, metavar="N", help="processes that load images (default: by machine)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of all randomness but --weights untrained (default: 0)")
+    add("--num-workers", type=int, metavar="N", help="processes that load images (default: 0 without a GPU)")
     add("--show", action="store_true", help="also open each figure in a window; close it to go on")
     add("--pause", action="store_true", help="wait for Enter at each heading that has its minute in the video")
     if network:
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU if there is one")
         add("--weights", default="imagenet", metavar="imagenet|untrained|FILE",
-            help="VGG16's weights: ImageNet's (528 MB, downloaded once), random ones, or a .pth file of yours")
+            help="VGG16's weights: ImageNet's (528 MiB, downloaded once), random ones, or a .pth file of yours")
         add("--bf16", action="store_true", help="frozen layers in bfloat16, for GPUs and for CPUs with AVX-512 BF16 or "
             "AMX: faster there, several times slower elsewhere; the last digits change")
     return parser
@@ -261,7 +261,7 @@ def banner(heading, seconds=None, pause=False):
 
 
 def progress(batches, total):
-    """Hand on `total` batches; say on stderr how far it is: after 10 seconds, then each time half as long again."""
+    """Hand on `total` batches; say on stderr how far it is: after 10 seconds, and again at 1.5 times that."""
     start, due = time.monotonic(), 10
     for i, batch in enumerate(batches, 1):
         yield batch
@@ -284,8 +284,8 @@ def load_image(path, upright=False):
 
 
 def check_dataset(data_dir):
-    """UserError unless train and valid each hold images of cats and of dogs, and nothing that ImageFolder would take
-    for a class or an image and is none. Opens no image."""
+    """UserError unless train and valid each hold images of cats and of dogs, and no other folders or dead links, which
+    ImageFolder would take for classes or images. Opens no image."""
     for folder in (data_dir / "train", data_dir / "valid"):
         if not folder.is_dir():
             raise UserError(f"{folder} is missing: run python 01_data.py first, or use --sample")
@@ -304,7 +304,7 @@ def limit_images(dsets, n):
         kept = []
         for label in [0, 1]:
             of_class = [sample for sample in dsets[x].samples if sample[1] == label]
-            n_class = min(max(1, (n_images + label) // 2), len(of_class))
+            n_class = min(max(1, (n_images + label) // 2), len(of_class))  # of an odd number one dog more
             kept += [of_class[i * len(of_class) // n_class] for i in range(n_class)]
         dsets[x].samples = dsets[x].imgs = kept
         dsets[x].targets = [label for _, label in kept]
@@ -325,10 +325,10 @@ def load_data(args, batch_size=64):
 
 
 def get_device(name, bf16=False):
-    """The torch.device for auto, cpu, cuda or mps; UserError where the machine lacks it, or it can't do bfloat16."""
+    """The torch.device for auto, cpu, cuda or mps; UserError where there is none, or a GPU that can't do bfloat16."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(name for name in available if available[name])
+        name = "cuda" if available["cuda"] else "mps" if available["mps"] else "cpu"
     if not available[name]:
         raise UserError(f"--device {name}: this machine, or this torch, has none; use --device cpu")
     if bf16 and (name == "mps" or (name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))):
@@ -341,9 +341,9 @@ def get_device(name, bf16=False):
 
 def choose_weights(args):
     """Download VGG16's ImageNet weights if they are asked for and not there; where that fails a --sample run goes on
-    untrained, others end in UserError. Returns "" or ", untrained weights", to write beside results."""
+    untrained (args.weights tells), others end in UserError. Returns "" or ", untrained weights", for titles."""
     if args.weights == "imagenet" and not IMAGENET_FILE.exists():
-        print(f"downloading VGG16's ImageNet weights (528 MB) to {IMAGENET_FILE}")
+        print(f"downloading VGG16's ImageNet weights (528 MiB) to {IMAGENET_FILE}")
         try:
             IMAGENET_FILE.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(IMAGENET.url, IMAGENET_FILE, "397923af", progress=sys.stderr.isatty())
@@ -363,8 +363,8 @@ def choose_weights(args):
 
 # ----------------------------------------------------------------------------------------------------------- figures
 def show_predictions(images, paths, classes, proba, heading):
-    """A figure of images, as for imshow, under a heading: over each its true class, the prediction, red where it is
-    wrong, with its probability, and the file's name. proba: (B, 2), for cats and dogs."""
+    """A figure of images, as for imshow, under a heading: over each its true class, the prediction with its
+    probability and the file's name, in red where that is wrong. proba: (B, 2), for cats and dogs."""
     rows = (len(images) + 3) // 4
     plt.figure(figsize=(12, 3.4 * max(rows, 1) + 0.4), layout="constrained")
     plt.suptitle(heading)
@@ -381,8 +381,8 @@ def show_predictions(images, paths, classes, proba, heading):
 @torch.inference_mode()
 def show_photos(paths, predict, heading):
     """A figure of photos of one's own, each beside a bar per answer; prints the answers too. `predict` gives names and
-    probabilities (K,) for inputs (1, 3, 224, 224), made as the weights' own transforms do: resized, then cropped."""
-    print("\nBeyond the lecture: your own photos, turned upright and resized as the weights were trained")
+    probabilities (K,) for inputs (1, 3, 224, 224), from the weights' own transforms: resized, then cropped."""
+    print("\nBeyond the lecture: your own photos, turned upright and resized, as these weights are tested")
     height = min(3 * len(paths), 600)  # no picture file can be much higher
     figure, rows = plt.subplots(len(paths), 2, squeeze=False, figsize=(10, height), layout="constrained")
     figure.suptitle(heading)
@@ -452,12 +452,12 @@ WRITERS = {
 
 
 def save(folder, files):
-    """Write {name: content}, all whole or none; UserError where the disk refuses. The last of several vouches for the
-    rest: it goes first and comes back last, so that half a set never passes for a whole one."""
+    """Write {name: content}, each file whole or not at all; UserError or OSError where the disk refuses. The last of
+    several vouches for the rest: its old copy goes first, its new one comes last, so no half set passes for whole."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part", dir=folder) as parts:
         for name, content in files.items():
-            buffer = io.BytesIO()  # on a full disk torch.save and np.save raise all kinds of errors, a file OSError
+            buffer = io.BytesIO()  # on a full disk torch.save and np.save raise all kinds of errors
             WRITERS[Path(name).suffix](buffer, content)
             with naming(folder / name), open(Path(parts, name), "wb") as file:
                 file.write(buffer.getbuffer())
@@ -480,7 +480,7 @@ def save_figure(path, show=False):
 
 def save_results(args, step, model, record, history, result=()):
     """Save the last layer, how it was trained and, once there is one, the result of test_model; returns the metrics.
-    Called before the test too: that may fail, and the training is not lost then."""
+    03 calls it before the test too: the test may fail, and the training is not lost then."""
     losses, accuracies, seconds = np.transpose(history).tolist()
     metrics = {"options": vars(args), "weights": args.weights, "pretrained": args.weights != "untrained",
                "dataset": args.data_dir, "made_from": record, "seconds_per_epoch": np.mean(seconds),
