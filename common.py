@@ -366,7 +366,8 @@ def show_predictions(images, paths, classes, proba, heading):
     """A figure of images, as for imshow, under a heading: over each its true class, the prediction with its
     probability and the file's name, in red where that is wrong. proba: (B, 2), for cats and dogs."""
     rows = (len(images) + 3) // 4
-    plt.figure(figsize=(12, 3.4 * max(rows, 1) + 0.4), layout="constrained")
+    plt.figure(figsize=(12, 3.6 * max(rows, 1) + 0.4), layout="constrained")
+    plt.gcf().get_layout_engine().set(h_pad=0.1)  # inches, without which a high image's title may touch the heading
     plt.suptitle(heading)
     for i, image in enumerate(images):
         true, pred = CLASSES[classes[i]][:-1], CLASSES[proba[i].argmax()][:-1]  # [:-1]: cat for cats
