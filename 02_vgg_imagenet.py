@@ -97,7 +97,7 @@ if __name__ == "__main__":
 
     titles = [f"true: {dset_classes[labels_try[i]][:-1]}\n{dic_imagenet[preds_try[i]]}\n{vals_try[i]:.3f}"
               for i in range(len(labels_try))]  # [:-1]: cat for cats
-    plt.figure(figsize=(14, 3.7), layout="constrained")
+    plt.figure(figsize=(14, 4), layout="constrained")
     plt.suptitle(f"True class; VGG16's most likely ImageNet class and its probability{note}")
     imshow(torchvision.utils.make_grid(inputs_try.cpu()), title=titles)
     save_figure(args.output_dir / "02_predictions.png", args.show)
