@@ -31,10 +31,10 @@ def load_results(args, step, images):
     if "valid_loss" not in metrics:
         raise UserError(f"{args.output_dir / f'{step}_metrics.json'}: stopped before the test; {again}")
     now = {name: images[name] for name in ["transform", "valid images"]}
-    if changed := differences(metrics["made_from"], now):
+    if changed := differences(metrics.get("made_from", {}), now):
         raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with other {changed}; {again}")
     names = ["predictions", "all_proba", "all_classes"]
-    return metrics, *(load(args.output_dir / f"{step}_{name}.npy", again) for name in names)
+    return metrics, *[load(args.output_dir / f"{step}_{name}.npy", again) for name in names]
 
 
 def plot_confusion(confusion, title):
