@@ -24,7 +24,7 @@ from pathlib import Path, PureWindowsPath
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # what the script itself does not use is there for what the video types
+import torchvision  # an import that this script does not use is for what the video types
 from torch import nn
 from torchvision import datasets, models, transforms
 
@@ -114,7 +114,7 @@ def unpack(archive, folder):
 def from_kaggle(source, folder):
     """Fill folder from Kaggle's train/cat.0.jpg ... and test1/1.jpg ...; the last 8 % of each class go to valid."""
     def numbered(pattern):
-        paths = [path for path in source.glob(pattern) if path.name.split(".")[-2].isdecimal()]
+        paths = [path for path in source.glob(pattern) if path.name.split(".")[-2].isdecimal()]  # 9 of cat.9.jpg
         return sorted(paths, key=lambda path: int(path.name.split(".")[-2]))
 
     places = {"test1": numbered("test1/*.jpg") or numbered("test/*.jpg")}  # folder of the lecture -> files of Kaggle
@@ -239,7 +239,7 @@ if __name__ == "__main__":
     print("labels_try, of the first one:", labels_try)
     print("inputs_try.shape:", tuple(inputs_try.shape))  # (5, 3, 224, 224)
 
-    # An image is a block of numbers (colour, row, column), a batch (image, colour, row, column). Dark is negative.
+    # An image is a block of numbers (colour, row, column); a batch puts (image) before them. Negative is dark.
     print("\nWhat is an image for your computer? inputs_try[0]:", inputs_try[0], sep="\n")
 
     # Make a grid from the first batch of the validation data; imshow, in common.py, undoes normalize and shows it all

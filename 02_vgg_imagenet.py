@@ -6,13 +6,13 @@ The lecture's "Creating VGG Model" (video from 0:40:51, https://youtu.be/ZhC-DIr
   python 02_vgg_imagenet.py --sample --image my.jpg  your own photos too
   python 02_vgg_imagenet.py --zero-shot              cats against dogs on all validation images, with no training
 
-Reads the dataset. Leaves in the output folder probs_try.npy and 02_predictions.png; 02_zero_shot.json and
-02_zero_shot.png; 02_images.png.
+Reads the dataset. Leaves in the output folder probs_try.npy and 02_predictions.png; with --zero-shot 02_zero_shot.json
+and 02_zero_shot.png, with --image 02_images.png.
 """
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # what the script itself does not use is there for what the video types
+import torchvision  # an import that this script does not use is for what the video types
 from torch import nn
 from torchvision import datasets, models, transforms
 

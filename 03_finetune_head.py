@@ -12,7 +12,7 @@ Reads the dataset. Leaves in the output folder 03_head.pt, 03_predictions.npy, 0
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # what the script itself does not use is there for what the video types
+import torchvision  # an import that this script does not use is for what the video types
 from torch import nn
 from torchvision import datasets, models, transforms
 
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     classes = torch.tensor([dsets["valid"].targets[i] for i in idx])
     with torch.inference_mode():
         outputs = model_vgg(inputs.to(device))  # (8, 2)
-    print(f"\nprobabilities of cat and dog, {len(idx)} images, torch.exp(outputs):", torch.exp(outputs), sep="\n")
+    print(f"\nprobabilities of cat and dog for {len(idx)} images, torch.exp(outputs):", torch.exp(outputs), sep="\n")
     print("their classes:", classes)
     show_predictions(inputs, [dsets["valid"].imgs[i][0] for i in idx], classes, outputs.exp().cpu(),
                      f"Validation images: true class, prediction and its probability{note}")

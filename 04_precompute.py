@@ -18,7 +18,7 @@ import time
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # what the script itself does not use is there for what the video types
+import torchvision  # an import that this script does not use is for what the video types
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, models, transforms

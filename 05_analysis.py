@@ -7,15 +7,15 @@ https://youtu.be/ZhC-DIrCe6A?t=3819) and its "Conclusion".
   python 05_analysis.py --sample --image my.jpg      cat or dog? Your own photos
   python 05_analysis.py --submission                 the Kaggle entry: submission.csv
 
-Reads the dataset and what 04 (or 03) left. Leaves in the output folder a figure of each view, such as
-05_most_correct_cats.png, and 05_histogram.png, 05_confusion.png, 05_images.png, submission.csv.
+Reads the dataset and what 04 (or 03) left. Leaves in the output folder a figure of each view (05_correct.png and so
+on), 05_histogram.png and 05_confusion.png; with --image 05_images.png, with --submission submission.csv.
 """
 import copy
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # what the script itself does not use is there for what the video types
+import torchvision  # an import that this script does not use is for what the video types
 from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 

@@ -206,8 +206,8 @@ def option_parser(doc, network=True):
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: a GPU if there is one")
         add("--weights", default="imagenet", metavar="imagenet|untrained|FILE",
             help="VGG16's weights: ImageNet's (528 MiB, downloaded once), random ones, or a .pth file of yours")
-        add("--bf16", action="store_true", help="frozen layers in bfloat16, for GPUs and for CPUs with AVX-512 BF16 or "
-            "AMX: faster there, several times slower elsewhere; the last digits change")
+        add("--bf16", action="store_true", help="frozen layers in bfloat16, for GPUs that have it and CPUs with "
+            "AVX-512 BF16 or AMX: faster there, several times slower on other CPUs; the last digits change")
     return parser
 
 
@@ -306,7 +306,7 @@ def limit_images(dsets, n):
             of_class = [sample for sample in dsets[x].samples if sample[1] == label]
             n_class = min(max(1, (n_images + label) // 2), len(of_class))  # of an odd number one dog more
             kept += [of_class[i * len(of_class) // n_class] for i in range(n_class)]
-        dsets[x].samples = dsets[x].imgs = kept
+        dsets[x].samples = dsets[x].imgs = kept  # ImageFolder has one list under both names
         dsets[x].targets = [label for _, label in kept]
 
 
