@@ -1,115 +1,134 @@
-"""VGG16 as it comes, trained on ImageNet, on the first batch of images.
+"""Run the original VGG16, trained on ImageNet, on the first batch of images.
 
 The lecture's "Creating VGG Model" (video from 0:40:51, https://youtu.be/ZhC-DIrCe6A?t=2451).
 
   python 02_vgg_imagenet.py --sample                 5 images: what does VGG16 see?
-  python 02_vgg_imagenet.py --sample --image my.jpg  your own photos too
-  python 02_vgg_imagenet.py --zero-shot              cats against dogs on all validation images, with no training
+  python 02_vgg_imagenet.py --sample --image my.jpg  also your own photos
+  python 02_vgg_imagenet.py --zero-shot              cats against dogs on all validation images, without training
 
-Reads the dataset. Leaves in the output folder probs_try.npy and 02_predictions.png; with --zero-shot 02_zero_shot.json
-and 02_zero_shot.png, with --image 02_images.png.
+Reads the dataset. Writes to the output folder probs_try.npy and 02_predictions.png; with --zero-shot also
+02_zero_shot.json and 02_zero_shot.png, with --image 02_images.png.
 """
+# %% Options
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # an import that this script does not use is for what the video types
+import torchvision  # unused here, as some imports below: needed for commands typed in the video
 from torch import nn
 from torchvision import datasets, models, transforms
 
-from common import (IMAGENET, banner, choose_weights, identify, imshow, load_data, load_image, load_vgg16, made_from,
-                    option_parser, parse_options, progress, save, save_figure, show_photos, show_predictions,
+from common import (IMAGENET, get_weights, imshow, load_data, load_vgg16, save_figure, show_photos, show_predictions,
                     to_device)
+from support import banner, load_image, make_record, option_parser, print_options, progress, save, start_run
 
-# ImageNet's classes of house cats (tabby to Egyptian cat) and of dogs (Chihuahua to Mexican hairless).
+# The numbers of ImageNet's classes of house cats (tabby to Egyptian cat) and of dogs (Chihuahua to Mexican hairless).
 CATS, DOGS = slice(281, 286), slice(151, 269)
 
 
 @torch.inference_mode()
-def zero_shot(args, model, device, loader_valid, images, note):
-    """Beyond the lecture: how well does VGG16 tell cats from dogs untaught? Leaves 02_zero_shot.json and .png."""
-    print("\nBeyond the lecture: zero-shot. The sum of the probabilities of ImageNet's 118 kinds of dogs against\n"
-          "that of its 5 kinds of cats; nothing is trained.")
-    dset, sums = loader_valid.dataset, []
-    for inputs, _ in progress(loader_valid, len(loader_valid)):
+def zero_shot(args, model, device, dsets, loader_valid, note):
+    """Beyond the lecture: measure how well VGG16 tells cats from dogs without training."""
+    print("\nBeyond the lecture: zero-shot. For each image, add up the probabilities of ImageNet's 118 breeds of dogs\n"
+          "and those of its 5 kinds of cats; the larger sum is the prediction. Nothing is trained.")
+    cat, dog = [], []
+    for inputs, _ in progress(loader_valid, len(loader_valid), len(dsets["valid"])):
         probs = nn.Softmax(dim=1)(model(inputs.to(device)).cpu())  # (B, 1000)
-        sums.append(torch.stack([probs[:, CATS].sum(dim=1), probs[:, DOGS].sum(dim=1)], dim=1))
-    sums = torch.cat(sums).numpy()  # (M, 2)
-    predictions, all_classes = sums.argmax(axis=1), np.array(dset.targets)
+        cat.extend(probs[:, CATS].sum(dim=1).tolist())
+        dog.extend(probs[:, DOGS].sum(dim=1).tolist())
+    sums = np.transpose([cat, dog])  # (M, 2)
+    predictions = sums.argmax(axis=1)
+    all_classes = np.array(dsets["valid"].targets, dtype=np.int64)
     accuracy = np.mean(predictions == all_classes)
-    outside = float(1 - sums.sum(axis=1).mean())
-    confusion = [[int(np.sum(predictions[all_classes == true] == pred)) for pred in [0, 1]] for true in [0, 1]]
+    neither = np.mean(1 - sums.sum(axis=1))
     print(f"accuracy {accuracy:.4f} on {len(all_classes):,} validation images{note}")
-    for name, counts in zip(dset.classes, confusion, strict=True):
-        print(f"of {sum(counts):,} {name}: {counts[0]:,} taken for cats, {counts[1]:,} for dogs")
-    print(f"share of the probability given to neither: {outside:.4f} on average")
+    confusion = []
+    for label, name in enumerate(dsets["valid"].classes):
+        of_class = predictions[all_classes == label]
+        as_cats, as_dogs = int(np.sum(of_class == 0)), int(np.sum(of_class == 1))
+        print(f"of {len(of_class):,} {name}: {as_cats:,} predicted as cats, {as_dogs:,} as dogs")
+        confusion.append([as_cats, as_dogs])
+    print(f"probability assigned to neither cats nor dogs: {neither:.4f} on average")
 
-    # The worst first: where the wrong animal's sum is most above the true one's.
-    lead = sums[np.arange(len(sums)), 1 - all_classes] - sums[np.arange(len(sums)), all_classes]
-    worst = [i for i in np.argsort(-lead, kind="stable")[:8] if predictions[i] != all_classes[i]]
-    paths = [dset.imgs[i][0] for i in worst]
+    # Worst mistakes: the sum of the wrong animal exceeds that of the right one by the most.
+    wrong = np.where(predictions != all_classes)[0]
+    lead = np.abs(sums[wrong, 1] - sums[wrong, 0])
+    worst = wrong[np.argsort(-lead, kind="stable")[:8]]
+    paths = [dsets["valid"].imgs[i][0] for i in worst]
     show_predictions([load_image(path) for path in paths], paths, all_classes[worst], sums[worst],
-                     f"Zero-shot, most wrong: the summed probability of what it was taken for{note}")
+                     f"Zero-shot, worst mistakes: total probability of the predicted class{note}")
     save_figure(args.output_dir / "02_zero_shot.png", args.show)
     save(args.output_dir, {"02_zero_shot.json": {
-        "options": vars(args), "pretrained": args.weights != "untrained", "made_from": made_from(images, model),
-        "valid_accuracy": accuracy, "confusion": confusion, "outside": outside}})
+        "options": vars(args), "pretrained": args.weights != "untrained", "made_from": make_record(dsets, model),
+        "valid_accuracy": accuracy, "confusion": confusion, "outside": neither}})
 
 
+# The rest stands under this condition because the worker processes, which load images, import this file again.
 if __name__ == "__main__":
     parser = option_parser(__doc__)
-    parser.add_argument("--zero-shot", action="store_true", help="measure how well it tells cats from dogs, untaught")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="photos of your own")
-    args = parse_options(parser)
-    device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
+    parser.add_argument("--zero-shot", action="store_true", help="measure how well it tells cats from dogs untrained")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
+    args = start_run(parser)
+    device, dsets, loader_train, loader_valid = load_data(args)  # the steps of 01_data.py
     dset_classes = dsets["train"].classes
-    note = choose_weights(args)
+    args.weights = get_weights(args.weights, args.sample)
+    print_options(args)
+    note = ", untrained weights" if args.weights == "untrained" else ""
 
 # %% Creating VGG Model
     banner("Creating VGG Model", 2451, args.pause)
-    # ImageNet: 1.2 million photos of 1,000 classes. The weights learned from them are downloaded once (above), and read
-    # from the disk after that: load_vgg16, in common.py, gives the network that models.vgg16(weights="DEFAULT") gives.
+    # VGG16 was trained on ImageNet: 1.2 million photos of 1,000 classes. The pretrained weights are downloaded once (by
+    # get_weights above) and then read from disk; the network is the same as models.vgg16(weights="DEFAULT").
     model_vgg = load_vgg16(args.weights)
     dic_imagenet = IMAGENET.meta["categories"]
-    print("the first of 1,000 categories, dic_imagenet[:4]:", dic_imagenet[:4])
+    print("the first of the 1,000 categories, dic_imagenet[:4]:", dic_imagenet[:4])
 
     inputs_try, labels_try = next(iter(loader_valid))  # the first batch, as in 01_data.py
     inputs_try, labels_try = inputs_try.to(device), labels_try.to(device)
     model_vgg = to_device(model_vgg, device, args.bf16)
 
-    model_vgg.eval()  # without dropout, which would change what it predicts at every call
+    model_vgg.eval()  # evaluation mode: switches off dropout, which would make predictions random
     with torch.inference_mode():  # no gradients are needed to predict
         outputs_try = model_vgg(inputs_try)
     print("\noutputs_try:", outputs_try, sep="\n")
     print("outputs_try.shape:", tuple(outputs_try.shape))  # (5, 1000)
 
-    # Softmax turns the outputs of an image into 'probabilities': positive, with a sum of 1.
+    # Softmax turns the outputs for an image into "probabilities": positive numbers whose sum is 1.
     m_softm = nn.Softmax(dim=1)
     probs = m_softm(outputs_try)  # (5, 1000)
     vals_try, preds_try = torch.max(probs, dim=1)
-    print("\nthe sum of each image, torch.sum(probs, 1):", torch.sum(probs, 1))
-    print("the largest of each image, vals_try:", vals_try)
-    print("the class it belongs to:", [dic_imagenet[i] for i in preds_try])
+    print("\nsum of the probabilities for each image, torch.sum(probs, 1):", torch.sum(probs, 1))
+    print("highest probability, vals_try:", vals_try)
+    print("predicted class:", [dic_imagenet[i] for i in preds_try])
 
     print("\nthe five most likely classes of each image:")
     vals, preds = probs.topk(5)  # (5, 5)
     for i, label in enumerate(labels_try):
-        print(f"  {dset_classes[label]}:", ", ".join(f"{dic_imagenet[preds[i, k]]} {vals[i, k]:.3f}" for k in range(5)))
+        print(f"  {dset_classes[label]}:", end="")
+        for k in range(5):
+            print(f"  {dic_imagenet[preds[i, k]]} {vals[i, k]:.3f}", end="")
+        print()
 
-    titles = [f"true: {dset_classes[labels_try[i]][:-1]}\n{dic_imagenet[preds_try[i]]}\n{vals_try[i]:.3f}"
-              for i in range(len(labels_try))]  # [:-1]: cat for cats
+    titles = []
+    for label, pred, val in zip(labels_try, preds_try, vals_try, strict=True):
+        titles.append(f"true: {dset_classes[label][:-1]}\n{dic_imagenet[pred]}\n{val:.3f}")  # [:-1]: cat for cats
     plt.figure(figsize=(14, 4), layout="constrained")
     plt.suptitle(f"True class; VGG16's most likely ImageNet class and its probability{note}")
-    imshow(torchvision.utils.make_grid(inputs_try.cpu()), title=titles)
+    out = torchvision.utils.make_grid(inputs_try.cpu())
+    imshow(out, title=titles)
     save_figure(args.output_dir / "02_predictions.png", args.show)
     save(args.output_dir, {"probs_try.npy": probs.cpu().numpy()})
 
     if args.zero_shot:
-        zero_shot(args, model_vgg, device, loader_valid, identify(dsets), note)
+        zero_shot(args, model_vgg, device, dsets, loader_valid, note)
     if args.image:
-        def five_most_likely(inputs):
-            vals, preds = m_softm(model_vgg(inputs.to(device)))[0].topk(5)
-            return [dic_imagenet[i] for i in preds], vals.tolist()
-
-        show_photos(args.image, five_most_likely, f"What VGG16 sees{note}")
+        print("\nBeyond the lecture: your own photos, resized and cropped as these weights were tested")
+        answers = []
+        for path in args.image:
+            inputs = IMAGENET.transforms()(load_image(path, rotate=True))[None]  # (1, 3, 224, 224)
+            with torch.inference_mode():
+                vals, preds = m_softm(model_vgg(inputs.to(device)))[0].topk(5)
+            answers.append({dic_imagenet[i]: val.item() for i, val in zip(preds, vals, strict=True)})
+            print(f"  {path}:", *(f"{name} {p:.3f} " for name, p in answers[-1].items()))
+        show_photos(args.image, answers, f"What VGG16 sees{note}")
         save_figure(args.output_dir / "02_images.png", args.show)
-    print(f"\nDone{note}. Next, with the same common options: python 03_finetune_head.py")
+    print(f"\nDone{note}. Next, with the same options (--sample, --limit, ...): python 03_finetune_head.py")

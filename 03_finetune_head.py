@@ -1,64 +1,89 @@
-"""Freeze VGG16, replace its last layer, train that layer alone, test the result.
+"""Freeze VGG16, replace its last layer, train only that layer, and test the result.
 
 The lecture's "Modifying the last layer and setting the gradient false to all layers" (video from 0:45:55,
 https://youtu.be/ZhC-DIrCe6A?t=2755) and "Training the fully connected module" (from 0:49:50).
 
-  python 03_finetune_head.py --sample    24 images, some seconds
+  python 03_finetune_head.py --sample    24 images, a few seconds
   python 03_finetune_head.py             all 25,000: minutes on a GPU, hours on a CPU
 
-Reads the dataset. Leaves in the output folder 03_head.pt, 03_predictions.npy, 03_all_proba.npy, 03_all_classes.npy,
-03_metrics.json, 03_training.png and 03_valid_batch.png.
+Reads the dataset. Writes to the output folder 03_blocks.png, 03_head.pt, 03_predictions.npy, 03_all_proba.npy,
+03_all_classes.npy, 03_metrics.json, 03_training.png and 03_valid_batch.png.
 """
+# %% Options
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # an import that this script does not use is for what the video types
+import torchvision  # unused here, as some imports below: needed for commands typed in the video
 from torch import nn
 from torchvision import datasets, models, transforms
 
-from common import (banner, choose_weights, identify, imshow, load_data, load_vgg16, made_from, option_parser,
-                    parse_options, plot_training, save_figure, save_results, show_predictions, test_model,
-                    to_device, train_model)
+from common import (four_of_each, get_weights, imshow, load_data, load_vgg16, plot_training, save_figure, save_results,
+                    show_predictions, test_model, to_device, train_model)
+from support import banner, make_record, number, option_parser, print_options, start_run
 
+
+@torch.inference_mode()
+def show_blocks(model, image, heading):
+    """The lecture's picture of VGG16, drawn from the network itself: print the output shape of each block for one image
+    (3, 224, 224), and its number of parameters; draw the image as it leaves the five blocks of convolutions."""
+    blocks = [("2 convolutions, pooling", model.features[:5]), ("2 convolutions, pooling", model.features[5:10]),
+              ("3 convolutions, pooling", model.features[10:17]), ("3 convolutions, pooling", model.features[17:24]),
+              ("3 convolutions, pooling", model.features[24:]),
+              ("dense", nn.Sequential(model.avgpool, nn.Flatten(), *model.classifier[:2])),  # avgpool keeps 7 x 7
+              ("dense", model.classifier[3:5]), ("dense", model.classifier[6])]
+    plt.figure(figsize=(15, 3.6), layout="constrained")
+    plt.suptitle(heading)
+    plt.subplot(1, 6, 1)
+    imshow(image, "input")
+    print("\noutput shape for one image, and number of parameters, of each block:")
+    x = image[None]  # (1, 3, 224, 224)
+    for i, (name, block) in enumerate(blocks, 1):
+        x = block(x)
+        shape = " x ".join(str(length) for length in x.shape[1:])
+        n_params = sum(param.numel() for param in block.parameters())
+        print(f"  block {i}: {name:<24} {shape:<15} {n_params:11,}")
+        if i <= 5:
+            plt.subplot(1, 6, i + 1)
+            plt.imshow(x[0].mean(dim=0))  # the mean over the channels, from dark blue (low) to yellow (high)
+            plt.title(f"block {i}")
+            plt.xlabel(f"{shape}\n{n_params:,} parameters")
+            plt.xticks([])
+            plt.yticks([])
+
+
+# The rest stands under this condition because the worker processes, which load images, import this file again.
 if __name__ == "__main__":
     parser = option_parser(__doc__)
-    parser.add_argument("--epochs", type=int, default=2, metavar="N", help="default: 2")
-    parser.add_argument("--lr", type=float, default=0.001, help="learning rate (default: 0.001)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    args = parse_options(parser)
-    device, dsets, loader_train, loader_valid = load_data(args, args.batch_size)  # as in 01_data.py
+    parser.add_argument("--epochs", type=number(1, 1_000_000), default=2, metavar="N", help="default: 2")
+    parser.add_argument("--lr", type=number(0, 1_000, float), default=0.001, help="learning rate (default: 0.001)")
+    parser.add_argument("--batch-size", type=number(1, 1_000_000), default=64, metavar="N", help="default: 64")
+    args = start_run(parser)
+    device, dsets, loader_train, loader_valid = load_data(args, args.batch_size)  # the steps of 01_data.py
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
     dset_classes = dsets["train"].classes
-    images = identify(dsets)
-    note = choose_weights(args)
+    args.weights = get_weights(args.weights, args.sample)
+    print_options(args)
+    note = ", untrained weights" if args.weights == "untrained" else ""
 
 # %% Modifying the last layer and setting the gradient false to all layers
     banner("Modifying the last layer and setting the gradient false to all layers", 2755, args.pause)
     model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py
     print(model_vgg)
 
-    # Convolutions look for small patterns locally, the same ones all over the picture. Pooling halves its width and
-    # height, so that small shifts matter less. Dense layers (Linear) combine what was found everywhere; the first of
-    # them holds 103 of the 138 million numbers.
-    print("\nthe size of one image after each block, and how many numbers to learn the block holds:")
-    x, block, n_params = torch.zeros(1, 3, 224, 224), 0, 0
-    with torch.inference_mode():
-        for layer in [*model_vgg.features, model_vgg.avgpool, nn.Flatten(), *model_vgg.classifier]:
-            x = layer(x)
-            n_params += sum(param.numel() for param in layer.parameters())
-            if isinstance(layer, (nn.MaxPool2d, nn.Linear)):  # the end of a block
-                block += 1
-                kind = "dense" if isinstance(layer, nn.Linear) else "convolutions, pooling"
-                print(f"  {block} {kind:<22} {tuple(x.shape[1:])!s:<16} {n_params:12,}")
-                n_params = 0
+    # Convolutions look for small patterns, the same ones everywhere in the image. Pooling halves its width and height,
+    # so that small shifts matter less. Dense layers (Linear) combine what was found all over the image; the first of
+    # them contains 103 of the 138 million parameters.
+    show_blocks(model_vgg, dsets["valid"][0][0], f"A validation image after each block of VGG16{note}")
+    save_figure(args.output_dir / "03_blocks.png", args.show)
 
-    # Notice: no gradient is computed for what is frozen, and no step changes it.
+    # Note: frozen parameters get no gradients, so training never changes them.
     for param in model_vgg.parameters():
         param.requires_grad = False
-    # All that VGG16 has learned is kept; only the number of its outputs changes, from 1000 classes to 2.
-    torch.manual_seed(args.seed)  # the new layer starts from random numbers
+    # Keep all layers but the last; replace that one by a new layer with 2 outputs instead of 1,000. (6 is the number
+    # printed before the last Linear layer above. Its 4.1 million weights, for ImageNet's classes, are discarded.)
+    torch.manual_seed(args.seed)  # the new layer starts from random weights
     model_vgg.classifier[6] = nn.Linear(4096, 2)
-    # LogSoftmax turns the outputs into log-probabilities, which is what NLLLoss expects.
+    # LogSoftmax turns the outputs into log-probabilities, which NLLLoss expects.
     model_vgg.classifier.append(nn.LogSoftmax(dim=1))
     print("\nthe classifier with its new last layer:", model_vgg.classifier, sep="\n")
     n_trainable = sum(param.numel() for param in model_vgg.parameters() if param.requires_grad)
@@ -72,54 +97,58 @@ if __name__ == "__main__":
 
 # %% Creating loss function and optimizer
     banner("Creating loss function and optimizer")
-    # NLLLoss: minus the log-probability of the true class. A guess, one half for each, costs ln 2 = 0.69.
+    # NLLLoss: minus the log-probability of the true class. Guessing 50:50 costs -log(0.5) = 0.69.
     criterion = nn.NLLLoss()
-    # SGD: each number takes a step against its gradient, lr times as long. Notice: it is given the last layer alone.
+    # SGD: each parameter p becomes p - lr * gradient. Note: the optimizer receives only the last layer's parameters.
     lr = args.lr
     optimizer_vgg = torch.optim.SGD(model_vgg.classifier[6].parameters(), lr=lr)
     print(criterion, optimizer_vgg, sep="\n")
 
 # %% Training the model
     banner("Training the model")
-    # train_model and test_model are the lecture's own functions, written out in common.py, near the top. The accuracy
-    # of an epoch is measured while it learns, with dropout on: that of the test can well be higher.
-    before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}
-    torch.manual_seed(args.seed)  # shuffling and dropout
-    history = []
-    train_model(model_vgg, loader_train, size=dset_sizes["train"], epochs=args.epochs, optimizer=optimizer_vgg,
-                criterion=criterion, history=history)
+    # train_model and test_model are the lecture's functions: read them in common.py. An epoch uses every training image
+    # once, in batches; each batch makes one update of the parameters. The accuracy of an epoch is measured during
+    # training, with dropout on, so the test accuracy can be higher.
+    before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}  # a copy of all parameters
+    torch.manual_seed(args.seed)  # for the shuffling and dropout
+    history = train_model(model_vgg, loader_train, size=dset_sizes["train"], epochs=args.epochs,
+                          optimizer=optimizer_vgg, criterion=criterion)
 
-    # The proof: which numbers have changed?
-    for kind, learns in [("frozen", False), ("trainable", True)]:
-        params = {name: param for name, param in model_vgg.named_parameters() if param.requires_grad == learns}
-        n_changed = sum(int((param != before[name]).sum()) for name, param in params.items())
-        print(f"of {sum(param.numel() for param in params.values()):,} {kind} numbers {n_changed:,} changed")
-    record = made_from(images, model_vgg)
-    save_results(args, "03", model_vgg, record, history)  # now: the test may meet a bad image
+    # Check: which parameters changed?
+    changed = {"frozen": 0, "trainable": 0}
+    total = {"frozen": 0, "trainable": 0}
+    for name, param in model_vgg.named_parameters():
+        kind = "trainable" if param.requires_grad else "frozen"
+        changed[kind] += int((param != before[name]).sum())
+        total[kind] += param.numel()
+    for kind in ["frozen", "trainable"]:
+        print(f"{kind}: {changed[kind]:,} of {total[kind]:,} parameters changed")
+    record = make_record(dsets, model_vgg)
+    save_results(args, "03", model_vgg, record, history)  # save now, in case the test stops at a damaged image
 
     predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes["valid"])
     metrics = save_results(args, "03", model_vgg, record, history, (predictions, all_proba, all_classes))
 
-    # The first four cats and the last four dogs to validate; the first batch of loader_valid holds hardly any dog
+    # Four cats and four dogs. (The lecture shows the first batch of loader_valid, which contains 5 cats.)
     n_images = 8
-    every = range(dset_sizes["valid"])
-    idx = sorted({*every[:n_images // 2], *every[-n_images // 2:]})
+    idx = four_of_each(dsets["valid"])
     inputs = torch.stack([dsets["valid"][i][0] for i in idx])  # (8, 3, 224, 224)
     classes = torch.tensor([dsets["valid"].targets[i] for i in idx])
     with torch.inference_mode():
         outputs = model_vgg(inputs.to(device))  # (8, 2)
     print(f"\nprobabilities of cat and dog for {len(idx)} images, torch.exp(outputs):", torch.exp(outputs), sep="\n")
     print("their classes:", classes)
-    show_predictions(inputs, [dsets["valid"].imgs[i][0] for i in idx], classes, outputs.exp().cpu(),
+    show_predictions(inputs, [dsets["valid"].imgs[i][0] for i in idx], classes, torch.exp(outputs).cpu(),
                      f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "03_valid_batch.png", args.show)
 
     plot_training(metrics, f"Training the last layer on images{note}")
     save_figure(args.output_dir / "03_training.png", args.show)
 
-    n_steps = args.epochs * len(loader_train)
-    if args.sample and n_steps < 10:
-        print(f"\n{n_steps} steps on {dset_sizes['train']} images: it runs, it has not learned yet.")
+    n_updates = args.epochs * len(loader_train)
+    if args.sample and n_updates < 10:
+        print(f"\nonly {n_updates} updates on {dset_sizes['train']} images: the code works, but the model has learned "
+              "almost nothing.")
         untrained = " --weights untrained --lr 0.1" if note else ""
         print(f"To see it learn: python 04_precompute.py --sample --layer fc7{untrained}")
-    print(f"\nDone{note}. Next, with the same common options: python 04_precompute.py")
+    print(f"\nDone{note}. Next, with the same options (--sample, --limit, ...): python 04_precompute.py")

@@ -1,49 +1,58 @@
-"""Look at what the trained model gets right, what it gets wrong, and what it can't decide.
+"""Look at what the trained model gets right, what it gets wrong, and what it is unsure about.
 
 The lecture's "Viewing model prediction (qualitative analysis)" (video from 1:03:39,
-https://youtu.be/ZhC-DIrCe6A?t=3819) and its "Conclusion".
+https://youtu.be/ZhC-DIrCe6A?t=3819) and "Conclusion".
 
-  python 05_analysis.py --sample                     the results of 04_precompute.py --sample, else of 03
+  python 05_analysis.py --sample                     the results of 04_precompute.py --sample, or else of 03
   python 05_analysis.py --sample --image my.jpg      cat or dog? Your own photos
-  python 05_analysis.py --submission                 the Kaggle entry: submission.csv
+  python 05_analysis.py --submission                 the entry for Kaggle: submission.csv
 
-Reads the dataset and what 04 (or 03) left. Leaves in the output folder a figure of each view (05_correct.png and so
-on), 05_histogram.png and 05_confusion.png; with --image 05_images.png, with --submission submission.csv.
+Reads the dataset and the results of 04 (or 03). Writes to the output folder a figure for each view (05_correct.png,
+...), 05_histogram.png and 05_confusion.png; with --image also 05_images.png, with --submission submission.csv.
 """
-import copy
-
+# %% Options
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # an import that this script does not use is for what the video types
-from torch.utils.data import DataLoader
+import torchvision  # unused here, as some imports below: needed for commands typed in the video
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models, transforms
+from torchvision.datasets.folder import is_image_file
 
-from common import (CLASSES, UserError, banner, choose_weights, differences, freeze_and_replace_head, identify, imshow,
-                    load, load_data, load_image, load_state, load_vgg16, log_loss, made_from, option_parser,
-                    parse_options, progress, save, save_figure, show_photos, show_predictions, to_device)
+from common import (CLASSES, IMAGENET, freeze_and_replace_head, get_device, get_weights, imshow, load_data, load_state,
+                    load_vgg16, log_loss, save_figure, show_photos, show_predictions, to_device)
+from support import (UserError, banner, differences, load, load_image, make_record, number, option_parser,
+                     print_options, progress, save, start_run)
 
 
-def load_results(args, step, images):
-    """metrics, predictions (M,), all_proba (M, 2), all_classes (M,) of a step; UserError unless they fit the images."""
+def load_results(args, step, dsets):
+    """Return metrics, predictions (M,), all_proba (M, 2) and all_classes (M,) of script 03 or 04. Raises UserError if
+    they are missing, or were made from different images or with a different transform."""
     again = f"run python {'03_finetune_head.py' if step == '03' else '04_precompute.py'} with the same options"
-    metrics = load(args.output_dir / f"{step}_metrics.json", again)
+    path = args.output_dir / f"{step}_metrics.json"
+    metrics = load(path, again)
     if "valid_loss" not in metrics:
-        raise UserError(f"{args.output_dir / f'{step}_metrics.json'}: stopped before the test; {again}")
-    now = {name: images[name] for name in ["transform", "valid images"]}
+        raise UserError(f"{path}: the script was stopped before its test: {again}")
+    now = make_record(dsets)
+    del now["train images"]  # the predictions do not depend on them
     if changed := differences(metrics.get("made_from", {}), now):
-        raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with other {changed}; {again}")
-    names = ["predictions", "all_proba", "all_classes"]
-    return metrics, *[load(args.output_dir / f"{step}_{name}.npy", again) for name in names]
+        raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with a different {changed}: {again}")
+    predictions = load(args.output_dir / f"{step}_predictions.npy", again)
+    all_proba = load(args.output_dir / f"{step}_all_proba.npy", again)
+    all_classes = load(args.output_dir / f"{step}_all_classes.npy", again)
+    return metrics, predictions, all_proba, all_classes
 
 
 def plot_confusion(confusion, title):
-    """How many of each true class (row) were predicted as each class (column); confusion: (2, 2)."""
+    """Draw how many images of each true class (row) were predicted as each class (column); confusion: (2, 2)."""
     plt.figure(figsize=(5, 4.5), layout="constrained")
     plt.imshow(confusion, cmap="Blues", vmin=0)
-    for (true, pred), count in np.ndenumerate(confusion):
-        plt.text(pred, true, f"{count:,}\n{count / max(confusion[true].sum(), 1):.1%} of {CLASSES[true]}", ha="center",
-                 va="center", color="white" if count > confusion.max() / 2 else "black")
+    for true in [0, 1]:
+        for pred in [0, 1]:
+            count = confusion[true, pred]
+            share = count / max(confusion[true].sum(), 1)
+            plt.text(pred, true, f"{count:,}\n{share:.1%} of {CLASSES[true]}", ha="center", va="center",
+                     color="white" if count > confusion.max() / 2 else "black")
     plt.xticks([0, 1], CLASSES)
     plt.yticks([0, 1], CLASSES)
     plt.xlabel("predicted class")
@@ -52,9 +61,10 @@ def plot_confusion(confusion, title):
 
 
 def plot_histogram(all_proba, all_classes, title):
-    """How sure it is of each image: two heaps far apart are good; what is on the other's side of 0.5 is wrong."""
+    """Plot a histogram of the predicted probability of dog. Two well-separated peaks are good; images on the wrong side
+    of 0.5 are errors."""
     plt.figure(figsize=(7, 4), layout="constrained")
-    plt.hist([all_proba[all_classes == k, 1] for k in [0, 1]], bins=20, range=(0, 1), label=CLASSES)
+    plt.hist([all_proba[all_classes == 0, 1], all_proba[all_classes == 1, 1]], bins=20, range=(0, 1), label=CLASSES)
     plt.axvline(0.5, color="grey", linestyle="--")
     plt.yscale("symlog")
     plt.gca().yaxis.set_major_formatter("{x:.0f}")
@@ -64,73 +74,95 @@ def plot_histogram(all_proba, all_classes, title):
     plt.legend(title="true class", loc="upper center")
 
 
-def load_trained(args, step, metrics, images, device):
-    """VGG16 with the last layer that `step` trained; UserError unless all below it, and the images, are the same."""
-    choose_weights(args)
-    model_vgg = to_device(freeze_and_replace_head(load_vgg16(args.weights)), device, args.bf16)
-    if changed := differences(metrics["made_from"], made_from(images, model_vgg)):
-        raise UserError(f"{args.output_dir / f'{step}_head.pt'} was trained with other {changed} (--weights "
-                        f"{metrics['weights']}); give the same options, or train it again")
-    load_state(model_vgg.classifier[6], args.output_dir / f"{step}_head.pt", f"run the script of step {step} again")
-    return model_vgg.to(device).eval()
+def load_trained(args, step, metrics, dsets):
+    """Return VGG16 with the last layer that the script trained, and its device. Raises UserError unless all other
+    layers, the images and the precision are the same as in the training."""
+    device = get_device(args.device, args.bf16)
+    model_vgg = freeze_and_replace_head(load_vgg16(get_weights(args.weights)))
+    model_vgg = to_device(model_vgg, device, args.bf16)
+    path = args.output_dir / f"{step}_head.pt"
+    if changed := differences(metrics["made_from"], make_record(dsets, model_vgg)):
+        raise UserError(f"{path} was trained with a different {changed} (--weights {metrics['weights']}): use the same "
+                        "options, or train it again")
+    load_state(model_vgg.classifier[6], path, "run the script that trained it again")
+    return model_vgg.to(device).eval(), device
+
+
+class TestImages(Dataset):
+    """The images of test1, which have no labels, so that ImageFolder cannot load them. Item i: (3, 224, 224)."""
+
+    def __init__(self, paths, transform):
+        self.paths, self.transform = paths, transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return self.transform(load_image(self.paths[i]))
 
 
 def find_test_images(folder):
-    """The images of test1, which has no classes and so is no ImageFolder: 1.jpg, 2.jpg, 10.jpg, by their numbers."""
-    paths = [path for path in folder.glob("*.jpg") if path.stem.isdecimal()]
+    """Return the images of test1, by their numbers: 1.jpg, 2.jpg, 10.jpg. Raises UserError if there are none."""
+    paths = [path for path in folder.glob("*") if is_image_file(path.name) and path.stem.isdecimal()]
     if not paths:
-        raise UserError(f"{folder}: no images there; run python 01_data.py first, and leave out --sample")
+        raise UserError(f"{folder}: no images there: run python 01_data.py first, and leave out --sample")
     return sorted(paths, key=lambda path: int(path.stem))
 
 
 @torch.inference_mode()
-def write_submission(args, model, device, dset, test_paths):
-    """Predict test1 and write submission.csv for Kaggle, which scores the log loss: one image wrong at p = 0 would cost
-    infinitely much. With p clipped to [0.005, 0.995], an error costs -log(0.005) = 5.3 at most."""
-    print(f"\nBeyond the lecture: the Kaggle submission for {len(test_paths):,} images of test1 (Kaggle's are 12,500)")
-    dset_test = copy.copy(dset)
-    dset_test.samples = [(path, int(path.stem)) for path in test_paths]  # in place of the classes their numbers
-    loader_test = DataLoader(dset_test, batch_size=16, num_workers=args.num_workers)
-    rows = ["id,label"]
-    for inputs, ids in progress(loader_test, len(loader_test)):
-        dog = model(inputs.to(device)).exp()[:, 1].clip(0.005, 0.995).tolist()
-        rows += [f"{i},{p:.6f}" for i, p in zip(ids.tolist(), dog, strict=True)]
-    save(args.output_dir, {"submission.csv": "\n".join(rows) + "\n"})
+def write_submission(args, model, device, dset_test, num_workers):
+    """Predict test1 and write submission.csv for Kaggle. Its score is the log loss: one image whose true class got the
+    probability 0 would cost infinitely much. With p clipped to [0.005, 0.995], it costs at most -log(0.005) = 5.3."""
+    print(f"\nBeyond the lecture: the submission to Kaggle for {len(dset_test):,} images of test1 (Kaggle has 12,500)")
+    loader_test = DataLoader(dset_test, batch_size=16, num_workers=num_workers)
+    dog = []
+    for inputs in progress(loader_test, len(loader_test), len(dset_test)):
+        dog.extend(model(inputs.to(device)).exp()[:, 1].clip(0.005, 0.995).tolist())
+    rows = ["id,label\n"]
+    for path, p in zip(dset_test.paths, dog, strict=True):
+        rows.append(f"{int(path.stem)},{p:.6f}\n")
+    save(args.output_dir, {"submission.csv": "".join(rows)})
 
 
+# The rest stands under this condition because the worker processes, which load images, import this file again.
 if __name__ == "__main__":
     parser = option_parser(__doc__)
-    parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 where it has run, else 03)")
-    parser.add_argument("--n-view", type=int, default=8, metavar="N", help="images a view, 100 at most (default: 8)")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="photos of your own")
+    parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 if it has run, else 03)")
+    parser.add_argument("--n-view", type=number(1, 100), default=8, metavar="N", help="images per view (default: 8)")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
-    args = parse_options(parser)
+    parser.set_defaults(weights=None)  # those of the results
+    args = start_run(parser)
     test_paths = find_test_images(args.data_dir / "test1") if args.submission else []
-    device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
+    device, dsets, loader_train, loader_valid = load_data(args)  # the steps of 01_data.py
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
     dset_classes = dsets["valid"].classes
-    images = identify(dsets)
     step = args.step or ("04" if (args.output_dir / "04_metrics.json").exists() else "03")
-    metrics, predictions, all_proba, all_classes = load_results(args, step, images)
+    metrics, predictions, all_proba, all_classes = load_results(args, step, dsets)
+    if args.weights in ("imagenet", "untrained") and args.weights != metrics["weights"]:
+        raise UserError(f"--weights {args.weights}: script {step} used {metrics['weights']}: leave out --weights")
+    args.weights = args.weights or metrics["weights"]
+    args.bf16 = args.bf16 or metrics["made_from"]["precision"] == "bfloat16"
+    print_options(args)
     note = "" if metrics["pretrained"] else ", untrained weights"
-    of_step = f"step {step}{note}"
+    of_script = f"script {step}{note}"
 
 # %% Viewing model prediction (qualitative analysis)
     banner("Viewing model prediction (qualitative analysis)", 3819, args.pause)
-    # Judge a model by images that it did not learn from: if it does much better on those that it did, it over-fits.
-    # First make a model that can over-fit; only then care about regularization and augmentation. (Augmentation alters
-    # the images anew in every epoch: features that are computed once can't follow it.)
-    print(f"accuracy of {of_step}, in the last epoch of training: {metrics['train_accuracy'][-1]:.4f}")
+    # Judge a model on images it was not trained on. If it does much better on the training images, it is overfitting.
+    # First make a model that can overfit; only then care about regularization and augmentation. (Augmentation changes
+    # the images in every epoch, so it cannot be used with precomputed features.)
+    print(f"accuracy of {of_script}, in the last epoch of training: {metrics['train_accuracy'][-1]:.4f}")
 
-    # The views are for finding faults: wrong labels, odd crops, what it has never seen.
-    n_view = args.n_view  # number of images of each view
+    # The views help to find faults: wrong labels, odd crops, animals that the model has never seen.
+    n_view = args.n_view  # number of images in each view
     permutation = np.random.default_rng(args.seed).permutation
 
     def view(idx, title, name):
-        """Save a figure of the validation images idx, each whole, with its true class and what was predicted."""
+        """Save a figure of the validation images idx, uncropped, with the true and the predicted class of each."""
         paths = [dsets["valid"].imgs[x][0] for x in idx]
         show_predictions([load_image(path) for path in paths], paths, all_classes[idx], all_proba[idx],
-                         f"{title} ({of_step})")
+                         f"{title} ({of_script})")
         save_figure(args.output_dir / name, args.show)
 
     # 1. A few correct labels at random
@@ -143,57 +175,70 @@ if __name__ == "__main__":
     incorrect = np.where(predictions != all_classes)[0]
     view(permutation(incorrect)[:n_view], "Incorrect, at random", "05_incorrect.png")
 
-    # 3. The images we were most confident in, and rightly: the least probability of the other class comes first
+    # 3. Most confident correct predictions: lowest probability of the other class first
     correct_cats = np.where((predictions == 0) & (predictions == all_classes))[0]
-    most_correct_cats = np.argsort(all_proba[correct_cats, 1], kind="stable")[:n_view]  # places in correct_cats
+    most_correct_cats = np.argsort(all_proba[correct_cats, 1], kind="stable")[:n_view]  # positions in correct_cats
     view(correct_cats[most_correct_cats], "Most correct cats", "05_most_correct_cats.png")
     correct_dogs = np.where((predictions == 1) & (predictions == all_classes))[0]
     most_correct_dogs = np.argsort(all_proba[correct_dogs, 0], kind="stable")[:n_view]
     view(correct_dogs[most_correct_dogs], "Most correct dogs", "05_most_correct_dogs.png")
 
-    # 4. The images we were most confident in, and wrongly
+    # 4. Most confident incorrect predictions. incorrect_cats are dogs that were predicted as cats, and conversely.
     incorrect_cats = np.where((predictions == 0) & (predictions != all_classes))[0]
     most_incorrect_cats = np.argsort(all_proba[incorrect_cats, 1], kind="stable")[:n_view]
-    view(incorrect_cats[most_incorrect_cats], "Most incorrect cats: taken for cats", "05_most_incorrect_cats.png")
+    view(incorrect_cats[most_incorrect_cats], "Most incorrect cats: dogs predicted as cats, most confident first",
+         "05_most_incorrect_cats.png")
     incorrect_dogs = np.where((predictions == 1) & (predictions != all_classes))[0]
     most_incorrect_dogs = np.argsort(all_proba[incorrect_dogs, 0], kind="stable")[:n_view]
-    view(incorrect_dogs[most_incorrect_dogs], "Most incorrect dogs: taken for dogs", "05_most_incorrect_dogs.png")
+    view(incorrect_dogs[most_incorrect_dogs], "Most incorrect dogs: cats predicted as dogs, most confident first",
+         "05_most_incorrect_dogs.png")
 
-    # 5. The most uncertain labels: the probability closest to 0.5
+    # 5. The most uncertain labels: probability closest to 0.5
     most_uncertain = np.argsort(np.abs(all_proba[:, 1] - 0.5), kind="stable")[:n_view]
     view(most_uncertain, "Most uncertain", "05_most_uncertain.png")
 
-    # In numbers: row the true class, column the predicted one
+    # All images in four numbers: a row for each true class, a column for each predicted class
     confusion = np.array([[len(correct_cats), len(incorrect_dogs)], [len(incorrect_cats), len(correct_dogs)]])
-    plot_confusion(confusion, f"Confusion matrix ({of_step})")
+    plot_confusion(confusion, f"Confusion matrix ({of_script})")
     save_figure(args.output_dir / "05_confusion.png", args.show)
-    plot_histogram(all_proba, all_classes, f"Probability of dog by true class ({of_step})")
+    plot_histogram(all_proba, all_classes, f"Probability of dog by true class ({of_script})")
     save_figure(args.output_dir / "05_histogram.png", args.show)
-    print(f"\nsummary of {of_step}")
-    print(f"  accuracy            {len(correct) / dset_sizes['valid']:.4f}")
-    print(f"  log loss            {metrics['valid_loss']:.4f}  (NLLLoss, as in training)")
-    print(f"  log loss, clipped   {log_loss(all_proba.clip(0.005, 0.995), all_classes):.4f}  (as Kaggle scores)")
-    print(f"  cats taken for dogs {confusion[0, 1]:,} of {confusion[0].sum():,}")
-    print(f"  dogs taken for cats {confusion[1, 0]:,} of {confusion[1].sum():,}")
-    if (args.output_dir / "02_zero_shot.json").exists():
-        zero_shot = load(args.output_dir / "02_zero_shot.json", "run python 02_vgg_imagenet.py --zero-shot again")
-        if not differences(zero_shot.get("made_from", {}), metrics["made_from"]):
-            print(f"  zero-shot accuracy  {zero_shot['valid_accuracy']:.4f}  (02_vgg_imagenet.py --zero-shot)")
+    print(f"\nsummary of {of_script}")
+    print(f"  accuracy                {len(correct) / dset_sizes['valid']:.4f}")
+    print(f"  log loss                {log_loss(all_proba, all_classes):.4f}  (NLLLoss, as in training)")
+    clipped = all_proba.clip(0.005, 0.995)
+    print(f"  log loss, clipped       {log_loss(clipped, all_classes):.4f}  (as --submission does for Kaggle)")
+    print(f"  cats predicted as dogs  {confusion[0, 1]:,} of {confusion[0].sum():,}")
+    print(f"  dogs predicted as cats  {confusion[1, 0]:,} of {confusion[1].sum():,}")
+    path = args.output_dir / "02_zero_shot.json"
+    if path.exists():
+        zero_shot = load(path, "run python 02_vgg_imagenet.py --zero-shot again")
+        if not differences(zero_shot.get("made_from", {}), metrics["made_from"]):  # the same images and weights
+            print(f"  zero-shot accuracy      {zero_shot['valid_accuracy']:.4f}  (02_vgg_imagenet.py --zero-shot)")
 
 # %% Conclusion
     banner("Conclusion")
-    # Step 02 saw VGG16 name breeds already, so it is no surprise that its features tell cats from dogs.
-    print("What was trained is a simple logistic regression: 2 x 4096 weights + 2 biases = 8,194 numbers, and any CPU\n"
-          "can train those. A fly was killed with a sledge hammer: VGG16 had learned from 1.2 million photos, many\n"
-          "of cats and dogs. Still, every step of a real project was there: get the data, set up the machine, prepare\n"
-          "the images, compute features once, keep them for the next experiment.")
+    # 02_vgg_imagenet.py showed that VGG16 can name breeds of cats and dogs, so it is not surprising that its features
+    # tell cats from dogs.
+    print("We trained a simple logistic regression: 2 x 4096 weights + 2 biases = 8,194 parameters, on any CPU.\n"
+          "We used a sledgehammer to kill a fly: VGG16 had learned from 1.2 million photos, many of cats and dogs.\n"
+          "Still, these were the steps of a real project: get the data, set up the machine, prepare the images,\n"
+          "compute the features once, and keep them for the next experiment.")
 
     if args.image or args.submission:
-        model_vgg = load_trained(args, step, metrics, images, device)
+        model_vgg, device = load_trained(args, step, metrics, dsets)
     if args.image:
-        show_photos(args.image, lambda inputs: (CLASSES, model_vgg(inputs.to(device))[0].exp().tolist()),
-                    f"Cat or dog? ({of_step})")
+        print("\nBeyond the lecture: your own photos, resized and cropped as VGG16's weights were tested")
+        answers = []
+        for path in args.image:
+            inputs = IMAGENET.transforms()(load_image(path, rotate=True))[None]  # (1, 3, 224, 224)
+            with torch.inference_mode():
+                cat, dog = model_vgg(inputs.to(device))[0].exp().tolist()
+            answers.append({"cats": cat, "dogs": dog})
+            print(f"  {path}: cats {cat:.3f}, dogs {dog:.3f}")
+        show_photos(args.image, answers, f"Cat or dog? ({of_script})")
         save_figure(args.output_dir / "05_images.png", args.show)
     if args.submission:
-        write_submission(args, model_vgg, device, dsets["valid"], test_paths)
+        dset_test = TestImages(test_paths, dsets["valid"].transform)
+        write_submission(args, model_vgg, device, dset_test, loader_valid.num_workers)
     print(f"\nDone{note}. Next: change a line and run it again; the README has exercises")
