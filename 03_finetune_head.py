@@ -44,7 +44,7 @@ def show_blocks(model, image, heading):
         print(f"  block {i}: {name:<24} {shape:<15} {n_params:11,}")
         if i <= 5:
             plt.subplot(1, 6, i + 1)
-            plt.imshow(x[0].mean(dim=0))  # the mean over the channels, from dark blue (low) to yellow (high)
+            plt.imshow(x[0].mean(dim=0).numpy())  # the mean over the channels, from dark blue (low) to yellow (high)
             plt.title(f"block {i}")
             plt.xlabel(f"{shape}\n{n_params:,} parameters")
             plt.xticks([])
