@@ -19,7 +19,8 @@ from torchvision import datasets, models, transforms
 
 from common import (IMAGENET, get_weights, imshow, load_data, load_vgg16, save_figure, show_photos, show_predictions,
                     to_device)
-from support import banner, load_image, make_record, option_parser, print_options, progress, save, start_run
+from support import (absolute_path, banner, load_image, make_record, option_parser, print_options, progress, save,
+                     start_run)
 
 # The numbers of ImageNet's classes of house cats (tabby to Egyptian cat) and of dogs (Chihuahua to Mexican hairless).
 CATS, DOGS = slice(281, 286), slice(151, 269)
@@ -66,7 +67,8 @@ def zero_shot(args, model, device, dsets, loader_valid, note):
 if __name__ == "__main__":
     parser = option_parser(__doc__)
     parser.add_argument("--zero-shot", action="store_true", help="measure how well it tells cats from dogs untrained")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
+    parser.add_argument("--image", type=absolute_path, nargs="+", action="extend", default=[], metavar="FILE",
+                        help="your own photos")
     args = start_run(parser)
     device, dsets, loader_train, loader_valid = load_data(args)  # the steps of 01_data.py
     dset_classes = dsets["train"].classes

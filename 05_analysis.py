@@ -21,8 +21,8 @@ from torchvision.datasets.folder import is_image_file
 
 from common import (CLASSES, IMAGENET, freeze_and_replace_head, get_device, get_weights, imshow, load_data, load_state,
                     load_vgg16, log_loss, save_figure, show_photos, show_predictions, to_device)
-from support import (UserError, banner, differences, load, load_image, make_record, number, option_parser,
-                     print_options, progress, save, start_run)
+from support import (UserError, absolute_path, banner, differences, load, load_image, make_record, number,
+                     option_parser, print_options, progress, save, start_run)
 
 
 def load_results(args, step, dsets):
@@ -129,7 +129,8 @@ if __name__ == "__main__":
     parser = option_parser(__doc__)
     parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 if it has run, else 03)")
     parser.add_argument("--n-view", type=number(1, 100), default=8, metavar="N", help="images per view (default: 8)")
-    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
+    parser.add_argument("--image", type=absolute_path, nargs="+", action="extend", default=[], metavar="FILE",
+                        help="your own photos")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
     parser.set_defaults(weights=None)  # those of the results
     args = start_run(parser)

@@ -249,8 +249,8 @@ def progress(items, n_items, total, unit="images"):
 def load_image(path, rotate=False):
     """Return the RGB PIL image in a file, rotated according to its EXIF data if `rotate`. Raises UserError if it is
     damaged, not an image, larger than 89 million pixels, or has 32-bit pixels."""
-    with on_error(path, "cannot be read as an image", "replace it (by a JPEG, for example) or remove it"), \
-            Image.open(path) as image:
+    advice = "replace it (by a JPEG, for example) or remove it" if os.path.exists(path) else "check the name"
+    with on_error(path, "cannot be read as an image", advice), Image.open(path) as image:
         if rotate:
             image = ImageOps.exif_transpose(image)
         if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
