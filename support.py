@@ -30,7 +30,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 the scripts would fail later, afte
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image would take gigabytes of memory
-warnings.filterwarnings("ignore", "Palette images with Transparency")
+warnings.filterwarnings("ignore", "Palette images with Transparency|Glyph .* missing")  # nothing that harms
 warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch.load refuses the file anyway
 
 
@@ -128,7 +128,7 @@ def number(least, most, kind=int):
 
 def absolute_path(text):
     """A type for argparse: a path from the current or the home folder (~), made absolute."""
-    return Path(text).expanduser().resolve()
+    return Path(os.path.expanduser(text)).resolve()
 
 
 def weights(text):
@@ -184,8 +184,8 @@ def start_run(parser):
         print("In a notebook, the options are --sample --show. To choose others, run this and then the cells again:\n"
               'import sys; sys.argv = ["03_finetune_head.py", "--limit", "1000", "--show"]')
     set_up_figures(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     with on_error(args.output_dir):
+        args.output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(dir=args.output_dir).cleanup()
     for path in getattr(args, "image", []):
         load_image(path, rotate=True)
@@ -197,12 +197,12 @@ def set_up_figures(args):
     ipython = sys.modules.get("IPython")
     if ipython and ipython.get_ipython():  # the session keeps its own settings
         args.show = args.show or "inline" in plt.get_backend()  # in a notebook, %run shows the figures too
-        return
-    plt.style.use("default")  # not the user's matplotlibrc: the figures look the same everywhere
-    try:  # Agg needs no display. A notebook passes its inline backend on to !python, which cannot use it.
-        plt.switch_backend(plt.get_backend() if args.show and "inline" not in plt.get_backend() else "Agg")
-    except ImportError:  # the backend needs a display
-        plt.switch_backend("Agg")
+    else:
+        plt.style.use("default")  # not the user's matplotlibrc: the figures look the same everywhere
+        try:  # Agg needs no display. A notebook passes its inline backend on to !python, which cannot use it.
+            plt.switch_backend(plt.get_backend() if args.show and "inline" not in plt.get_backend() else "Agg")
+        except ImportError:  # the backend needs a display
+            plt.switch_backend("Agg")
     if args.show and plt.get_backend().lower() == "agg":
         print("--show: there is no display here; the figures are only saved")
         args.show = False
@@ -210,8 +210,13 @@ def set_up_figures(args):
 
 def print_options(args):
     """Print the options of this run, as they are after the preparations."""
-    given = {name: value for name, value in vars(args).items() if value is not False and value not in (None, [])}
-    print("options:", *(f"{name}={value}" for name, value in given.items()))
+    words = []
+    for name, value in vars(args).items():
+        if isinstance(value, list):  # the photos
+            value = " ".join(map(str, value))
+        if value is not False and value not in (None, ""):
+            words.append(f"{name}={value}")
+    print("options:", *words)
 
 
 def banner(heading, seconds=None, pause=False):

@@ -2,8 +2,9 @@
 
   python tests/benchmark.py        about ten minutes on 2 cores; prints a table in Markdown, asserts nothing
 
-It makes photo-sized JPEGs and a VGG16 of seeded random weights (speed does not depend on their values), in a temporary
-folder. What is compared takes turns, ROUNDS times, so that a noisy machine disturbs both sides alike; then the medians.
+It makes photo-sized JPEGs and a VGG16 with seeded random weights (speed does not depend on their values), in a
+temporary folder. What is compared runs in turns, ROUNDS times, so that a noisy machine disturbs both sides alike; the
+table shows medians.
 """
 import io
 import os
@@ -30,6 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets, models, utils
 
 import common
+import support
 
 ROUNDS = 3
 N_IMAGES = 64  # a batch of the lecture
@@ -83,7 +85,7 @@ def lecture_precompute(model, loader):
 
 
 def lecture_03(weights, figure):
-    """The notebook's cells that 03_finetune_head.py is made of, on the sample: a process of their own runs them."""
+    """The notebook's cells of which 03_finetune_head.py is made, on the sample; run in a separate process."""
     plt.switch_backend("Agg")
     dsets = {x: datasets.ImageFolder(ROOT / "sample" / x, common.imagenet_format) for x in ["train", "valid"]}
     loader_train = DataLoader(dsets["train"], batch_size=64, shuffle=True, num_workers=6)
@@ -103,7 +105,7 @@ def lecture_03(weights, figure):
 
 
 def bare_train(model, inputs, classes, batch_size, optimizer):
-    """The forward pass and the last layer's step alone, on data in memory."""
+    """Only the forward pass and the update of the last layer, on data in memory."""
     model.train()
     for batch, labels in zip(inputs.split(batch_size), classes.split(batch_size), strict=True):
         optimizer.zero_grad()
@@ -124,8 +126,8 @@ def seconds(work):
 
 
 def compare(works, aims, n=None):
-    """Let the works, {name: function}, on n images each, take turns, after one turn to warm up; a row of the table for
-    each (ours, theirs, aim). What follows a comma in the name of theirs is not printed."""
+    """Run the works, {name: function}, on n images each, in turns, after one turn to warm up. Print a row of the table
+    for each (ours, theirs, aim); what follows a comma in the name of theirs is not printed."""
     turns = [{name: seconds(work) for name, work in works.items()} for _ in range(1 + ROUNDS)][1:]
     times = {name: statistics.median(turn[name] for turn in turns) for name in works}
     for ours, theirs, aim in aims:
@@ -149,8 +151,11 @@ def speed_rows(folder, weights):
     inputs, classes = (part.to(DEVICE) for part in next(iter(DataLoader(loader.dataset, N_IMAGES))))
 
     def precompute(x):
-        rows = script[x]["FeatureFile"](folder / f"{time.time()}.npy", (N_IMAGES, 512, 7, 7), {}, batch_size)
-        script[x]["preconvfeat"](in_order, rows)
+        file = support.FeatureFile(folder / f"{time.time()}.npy", (N_IMAGES, 512, 7, 7), {}, batch_size)
+        for batch in in_order:
+            features, _ = script[x]["preconvfeat"]([batch])
+            file.append(features)
+        file.finish()
 
     @torch.inference_mode()
     def bare_forward(x):
@@ -188,11 +193,11 @@ def speed_rows(folder, weights):
 
 
 def run_script(*command):
-    """Run a script; returns, on Linux, the peak of its anonymous memory in bytes (else 0)."""
+    """Run a script. Return, on Linux, the peak of its anonymous memory in bytes (elsewhere 0)."""
     peak, command = 0, [sys.executable, *map(str, command)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
-        with suppress(OSError, IndexError):  # no Linux, or it has just ended
+        with suppress(OSError, IndexError):  # not Linux, or the process has just ended
             status = Path(f"/proc/{process.pid}/status").read_text()
             peak = max(peak, 1024 * int(status.partition("RssAnon:")[2].split()[0]))
         time.sleep(0.01)
@@ -203,7 +208,8 @@ def run_script(*command):
 
 def main():
     gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU"
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {gpu}, torch", torch.__version__)
+    processor = platform.processor() or platform.machine()
+    print(f"{processor}, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}")
     print("\n| what | against | ours | theirs | ratio | aim |\n| --- | --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as name, redirect_stdout(io.StringIO()) as quiet, redirect_stderr(quiet):
         folder, weights = Path(name), Path(name, "vgg16.pth")

@@ -1,8 +1,8 @@
-"""Draw the 24 pictures in sample/: cats and dogs, in the lecture's layout, our own work.
+"""Draw the 24 drawings in sample/: cats and dogs, in the lecture's layout, our own work.
 
   python tests/draw_sample.py [FOLDER]    default: sample/ beside tests/
 
-The same seed gives the same pictures. Cats: pricked ears, slit pupils, small nose, whiskers. Dogs: hanging ears, long
+The same seed gives the same drawings. Cats: pricked ears, slit pupils, small nose, whiskers. Dogs: hanging ears, long
 muzzle, large nose, tongue. Coat, background, size, place and tilt are drawn from the same lists for both, so that
 none of them gives the class away.
 """
@@ -17,8 +17,9 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 COATS = [(222, 148, 70), (120, 84, 58), (62, 58, 60), (168, 164, 160), (232, 214, 182), (196, 120, 84), (98, 104, 116),
          (240, 236, 228), (146, 108, 70), (84, 66, 54), (208, 176, 128), (128, 128, 124)]
 # (top colour, bottom colour, share of the height where the floor begins)
-SCENES = [((150, 196, 232), (104, 152, 84), 0.6), ((226, 208, 184), (150, 104, 72), 0.75), ((70, 92, 120), (44, 56, 78), 0.8),
-          ((236, 228, 214), (188, 176, 206), 0.65), ((128, 168, 128), (84, 116, 72), 0.5), ((210, 160, 150), (120, 80, 84), 0.7)]
+SCENES = [((150, 196, 232), (104, 152, 84), 0.6), ((226, 208, 184), (150, 104, 72), 0.75),
+          ((70, 92, 120), (44, 56, 78), 0.8), ((236, 228, 214), (188, 176, 206), 0.65),
+          ((128, 168, 128), (84, 116, 72), 0.5), ((210, 160, 150), (120, 80, 84), 0.7)]
 SIZES = [(499, 375), (320, 240), (375, 499), (300, 200), (450, 338), (260, 350), (400, 300), (205, 300), (500, 333),
          (350, 263), (333, 480), (288, 216)]
 UNIT = 400  # pixels of the square on which an animal is drawn
@@ -63,7 +64,8 @@ def draw_cat(animal, draw, coat, rng):
         draw.polygon([(200 + side * 118, 190), (200 + side * out, tip), (200 + side * 28, 122)], fill=shade(coat, 0.88))
         draw.polygon([(200 + side * 103, 172), (200 + side * (out - 5), tip + 28), (200 + side * 48, 130)], fill=pink)
     draw_head(animal, coat, rng, (200, 205, rng.randint(118, 128), rng.randint(98, 106)), 205)
-    draw_eyes(draw, 190, 52, rng.randint(22, 26), rng.choice([(120, 180, 80), (214, 170, 50), (90, 150, 200)]), slit=True)
+    size, colour = rng.randint(22, 26), rng.choice([(120, 180, 80), (214, 170, 50), (90, 150, 200)])
+    draw_eyes(draw, 190, 52, size, colour, slit=True)
     for x in (177, 223):  # a short muzzle
         ellipse(draw, x, 250, 29, 23, shade(coat, 1.3))
     draw.polygon([(186, 227), (214, 227), (200, 243)], fill=(214, 120, 130))
