@@ -97,7 +97,7 @@ def from_kaggle(source, folder):
 
 def get_dataset(data_dir, kaggle):
     """Make sure that data_dir contains the dataset; never download or overwrite what is already there. A new dataset is
-    made in a temporary folder beside data_dir, and renamed when it is complete. Raises UserError if this fails."""
+    made in a temporary folder beside data_dir, and moved when it is complete. Raises UserError if this fails."""
     if data_dir.exists() and any(data_dir.iterdir()):
         if kaggle:
             raise UserError(f"--from-kaggle: {data_dir} is not empty: leave out --from-kaggle to use what is there, or "
@@ -105,7 +105,7 @@ def get_dataset(data_dir, kaggle):
         if not all((data_dir / x).is_dir() for x in ["train", "valid"]):
             raise UserError(f"{data_dir}: train or valid is missing: move away what is there and run this again")
         return
-    if data_dir.is_mount():
+    if os.path.ismount(data_dir):
         raise UserError(f"--data-dir: {data_dir} is a mounted folder, which cannot be replaced: choose a new folder "
                         f"inside it, such as {data_dir / 'dogscats'}")
     archive = data_dir.with_name("dogscats.tgz")
@@ -128,13 +128,15 @@ def get_dataset(data_dir, kaggle):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     try:
-        if data_dir.exists():
-            data_dir.rmdir()  # it is empty
-        replace(folder, data_dir)
+        if data_dir.exists():  # empty: fill it, as it may be the current folder
+            for name in sorted(os.listdir(folder)):
+                replace(folder / name, data_dir / name)
+        else:
+            replace(folder, data_dir)
     except OSError as error:
         if not (data_dir / "valid").is_dir():  # else a second run of this script was faster
-            raise UserError(f"{folder} contains the complete dataset, but cannot be renamed to {data_dir} "
-                            f"({error.strerror}): close the programs that use it, and rename it yourself") from error
+            raise UserError(f"{folder} contains the complete dataset, but cannot be moved to {data_dir} "
+                            f"({error.strerror}): close the programs that use it, and move it yourself") from error
     shutil.rmtree(temporary, ignore_errors=True)
     print(f"created {data_dir}" + ("" if kaggle else f"; {archive} is no longer needed and can be deleted"))
 
@@ -170,8 +172,7 @@ def check_images(data_dir, remember):
 # endregion
 
 
-# The rest stands under this condition because the worker processes, which load images, import this file again.
-if __name__ == "__main__":
+if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__, network=False)
     parser.add_argument("--from-kaggle", type=absolute_path, metavar="DIR",
                         help="build the dataset from Kaggle's or Microsoft's unzipped files in DIR")

@@ -19,8 +19,7 @@ from torchvision import datasets, models, transforms
 
 from common import (IMAGENET, get_weights, imshow, load_data, load_vgg16, save_figure, show_photos, show_predictions,
                     to_device)
-from support import (absolute_path, banner, load_image, make_record, option_parser, print_options, progress, save,
-                     start_run)
+from support import banner, load_image, make_record, option_parser, print_options, progress, save, start_run
 
 # The numbers of ImageNet's classes of house cats (tabby to Egyptian cat) and of dogs (Chihuahua to Mexican hairless).
 CATS, DOGS = slice(281, 286), slice(151, 269)
@@ -29,8 +28,7 @@ CATS, DOGS = slice(281, 286), slice(151, 269)
 @torch.inference_mode()
 def zero_shot(args, model, device, dsets, loader_valid, note):
     """Beyond the lecture: measure how well VGG16 tells cats from dogs without training."""
-    print("\nBeyond the lecture: zero-shot. For each image, add up the probabilities of ImageNet's 118 breeds of dogs\n"
-          "and those of its 5 kinds of cats; the larger sum is the prediction. Nothing is trained.")
+    print("\nBeyond the lecture: zero-shot. Add up the probabilities of 118 breeds of dogs, and of 5 kinds of cats")
     cat, dog = [], []
     for inputs, _ in progress(loader_valid, len(loader_valid), len(dsets["valid"])):
         probs = nn.Softmax(dim=1)(model(inputs.to(device)).cpu())  # (B, 1000)
@@ -63,12 +61,10 @@ def zero_shot(args, model, device, dsets, loader_valid, note):
         "valid_accuracy": accuracy, "confusion": confusion, "outside": neither}})
 
 
-# The rest stands under this condition because the worker processes, which load images, import this file again.
-if __name__ == "__main__":
+if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
     parser.add_argument("--zero-shot", action="store_true", help="measure how well it tells cats from dogs untrained")
-    parser.add_argument("--image", type=absolute_path, nargs="+", action="extend", default=[], metavar="FILE",
-                        help="your own photos")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
     args = start_run(parser)
     device, dsets, loader_train, loader_valid = load_data(args)  # the steps of 01_data.py
     dset_classes = dsets["train"].classes
@@ -110,9 +106,8 @@ if __name__ == "__main__":
             print(f"  {dic_imagenet[preds[i, k]]} {vals[i, k]:.3f}", end="")
         print()
 
-    titles = []
-    for label, pred, val in zip(labels_try, preds_try, vals_try, strict=True):
-        titles.append(f"true: {dset_classes[label][:-1]}\n{dic_imagenet[pred]}\n{val:.3f}")  # [:-1]: cat for cats
+    titles = [f"true: {dset_classes[labels_try[i]][:-1]}\n{dic_imagenet[preds_try[i]]}\n{vals_try[i]:.3f}"
+              for i in range(len(labels_try))]  # [:-1]: cat for cats
     plt.figure(figsize=(14, 4), layout="constrained")
     plt.suptitle(f"True class; VGG16's most likely ImageNet class and its probability{note}")
     out = torchvision.utils.make_grid(inputs_try.cpu())

@@ -45,14 +45,10 @@ def show_blocks(model, image, heading):
         if i <= 5:
             plt.subplot(1, 6, i + 1)
             plt.imshow(x[0].mean(dim=0).numpy())  # the mean over the channels, from dark blue (low) to yellow (high)
-            plt.title(f"block {i}")
-            plt.xlabel(f"{shape}\n{n_params:,} parameters")
-            plt.xticks([])
-            plt.yticks([])
+            plt.gca().set(xticks=[], yticks=[], title=f"block {i}", xlabel=f"{shape}\n{n_params:,} parameters")
 
 
-# The rest stands under this condition because the worker processes, which load images, import this file again.
-if __name__ == "__main__":
+if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
     parser.add_argument("--epochs", type=number(1, 1_000_000), default=2, metavar="N", help="default: 2")
     parser.add_argument("--lr", type=number(0, 1_000, float), default=0.001, help="learning rate (default: 0.001)")

@@ -27,8 +27,7 @@ from common import (four_of_each, freeze_and_replace_head, get_weights, imshow, 
 from support import (FeatureFile, banner, differences, load, make_record, number, option_parser, print_options,
                      progress, save, start_run)
 
-# The rest stands under this condition because the worker processes, which load images, import this file again.
-if __name__ == "__main__":
+if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
     parser.add_argument("--epochs", type=number(1, 1_000_000), default=50, metavar="N", help="default: 50")
     parser.add_argument("--lr", type=number(0, 1_000, float), default=0.001, help="learning rate (default: 0.001)")
@@ -116,7 +115,7 @@ if __name__ == "__main__":
     if metrics_03 is None:
         print("the last layer starts from random weights: there are no results of 03_finetune_head.py here")
     elif changed := differences(metrics_03["made_from"], record):
-        print(f"the last layer starts from random weights: 03_head.pt was trained with a different {changed}")
+        print(f"the last layer starts from random weights: 03_head.pt was trained with {changed}")
         metrics_03 = None
     else:
         print("the last layer continues from 03_head.pt, which was trained on the same images, through the same layers")

@@ -21,8 +21,8 @@ from torchvision.datasets.folder import is_image_file
 
 from common import (CLASSES, IMAGENET, freeze_and_replace_head, get_device, get_weights, imshow, load_data, load_state,
                     load_vgg16, log_loss, save_figure, show_photos, show_predictions, to_device)
-from support import (UserError, absolute_path, banner, differences, load, load_image, make_record, number,
-                     option_parser, print_options, progress, save, start_run)
+from support import (UserError, banner, differences, load, load_image, make_record, number, option_parser,
+                     print_options, progress, save, start_run)
 
 
 def load_results(args, step, dsets):
@@ -36,7 +36,7 @@ def load_results(args, step, dsets):
     now = make_record(dsets)
     del now["train images"]  # the predictions do not depend on them
     if changed := differences(metrics.get("made_from", {}), now):
-        raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with a different {changed}: {again}")
+        raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with {changed}: {again}")
     predictions = load(args.output_dir / f"{step}_predictions.npy", again)
     all_proba = load(args.output_dir / f"{step}_all_proba.npy", again)
     all_classes = load(args.output_dir / f"{step}_all_classes.npy", again)
@@ -82,8 +82,8 @@ def load_trained(args, step, metrics, dsets):
     model_vgg = to_device(model_vgg, device, args.bf16)
     path = args.output_dir / f"{step}_head.pt"
     if changed := differences(metrics["made_from"], make_record(dsets, model_vgg)):
-        raise UserError(f"{path} was trained with a different {changed} (--weights {metrics['weights']}): use the same "
-                        "options, or train it again")
+        raise UserError(f"{path} was trained with {changed} (--weights {metrics['weights']}): use the same options, or "
+                        "train it again")
     load_state(model_vgg.classifier[6], path, "run the script that trained it again")
     return model_vgg.to(device).eval(), device
 
@@ -124,13 +124,11 @@ def write_submission(args, model, device, dset_test, num_workers):
     save(args.output_dir, {"submission.csv": "".join(rows)})
 
 
-# The rest stands under this condition because the worker processes, which load images, import this file again.
-if __name__ == "__main__":
+if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
     parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 if it has run, else 03)")
     parser.add_argument("--n-view", type=number(1, 100), default=8, metavar="N", help="images per view (default: 8)")
-    parser.add_argument("--image", type=absolute_path, nargs="+", action="extend", default=[], metavar="FILE",
-                        help="your own photos")
+    parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
     parser.set_defaults(weights=None)  # those of the results
     args = start_run(parser)

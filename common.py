@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torchvision import datasets, models, transforms
 
-from support import UserError, check_folder, download, fingerprint, load, load_image, on_error, progress, save
+from support import (UserError, absolute_path, check_folder, download, fingerprint, load, load_image, on_error,
+                     progress, save)
 
 CLASSES = ["cats", "dogs"]  # labels 0 and 1
 
@@ -48,8 +49,8 @@ def imshow(image, title=None):
 
 # ------------------------------------------------------------------------------------------------ VGG16 and its layers
 def get_weights(weights, sample=False):
-    """Return the value of --weights to use. "imagenet": download the file if it is missing. If that fails, a run on the
-    sample continues with "untrained" weights; any other run ends with a UserError."""
+    """Return the value of --weights to use, with a file's path made absolute. "imagenet": download the file if it is
+    missing. If that fails, a run on the sample continues with "untrained"; any other run ends with a UserError."""
     if weights == "imagenet" and not IMAGENET_FILE.exists():
         try:
             download([IMAGENET.url], IMAGENET_FILE, IMAGENET_SIZE, ["sha256", "397923af"])
@@ -61,7 +62,7 @@ def get_weights(weights, sample=False):
     if weights == "untrained":
         print("*" * 80, "NOTICE: untrained weights. VGG16 has random weights: every step runs, but its predictions",
               "are meaningless, and no number below shows how good the network of the lecture is.", "*" * 80, sep="\n")
-    return weights
+    return weights if weights in ("imagenet", "untrained") else str(absolute_path(weights))
 
 
 def load_vgg16(weights):

@@ -131,11 +131,6 @@ def absolute_path(text):
     return Path(os.path.expanduser(text)).resolve()
 
 
-def weights(text):
-    """A type for argparse: the value of --weights, a file's path made absolute."""
-    return text if text in ("imagenet", "untrained") else str(absolute_path(text))
-
-
 def option_parser(doc, network=True):
     """Return a parser with the options of every script; if `network`, also those of the scripts that run VGG16."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,7 +153,7 @@ def option_parser(doc, network=True):
     if network:
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
             help="cuda: NVIDIA GPU, mps: GPU of a Mac, auto: a GPU if there is one (default: auto)")
-        add("--weights", type=weights, default="imagenet", metavar="imagenet|untrained|FILE",
+        add("--weights", default="imagenet", metavar="imagenet|untrained|FILE",
             help="VGG16's weights: ImageNet's (528 MiB, downloaded once), random ones, or a .pth file (imagenet)")
         add("--bf16", action="store_true", help="run the frozen layers in bfloat16, numbers of 16 instead of 32 bits: "
             "faster on GPUs that support it and on CPUs with AVX-512 BF16 or AMX, slower on others, and less exact")
@@ -210,13 +205,8 @@ def set_up_figures(args):
 
 def print_options(args):
     """Print the options of this run, as they are after the preparations."""
-    words = []
-    for name, value in vars(args).items():
-        if isinstance(value, list):  # the photos
-            value = " ".join(map(str, value))
-        if value is not False and value not in (None, ""):
-            words.append(f"{name}={value}")
-    print("options:", *words)
+    given = {name: value for name, value in vars(args).items() if value is not False and value not in (None, [])}
+    print("options:", *(f"{name}={value}" for name, value in given.items()))
 
 
 def banner(heading, seconds=None, pause=False):
@@ -383,8 +373,10 @@ def make_record(dsets, model=None):
 
 
 def differences(record, now):
-    """Return the names of what differs between a record and the current one, "" if nothing does."""
-    return " and ".join(name for name in now if record.get(name) != now[name])
+    """Return what differs between a record and the current one, such as "different train images", or "" if nothing
+    does."""
+    changed = [name for name in now if record.get(name) != now[name]]
+    return " and ".join(f"different {name}" if name.endswith("s") else f"a different {name}" for name in changed)
 
 
 # ------------------------------------------------------------------------------------------------- features on disk
@@ -403,7 +395,7 @@ class FeatureFile:
             if not changed:
                 print(f"{path.name}: already computed from the same images, layers, transform and precision")
                 return
-            print(f"{path.name} was computed with a different {changed}: recomputing")
+            print(f"{path.name} was computed with {changed}: recomputing")
         # the name of the part file depends on the record, so that rows of two kinds never mix
         digest = hashlib.sha256(str([shape, record]).encode()).hexdigest()[:16]
         self.part = path.with_suffix(f".{digest}.part")
