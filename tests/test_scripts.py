@@ -280,7 +280,7 @@ def test_weights_precision_and_device_of_the_options_are_used(vgg, out, figures,
         assert metrics["weights"] == (str(out / weights) if weights == "own.pth" else weights)
         assert metrics["pretrained"] is json_of(out / "02_zero_shot.json")["pretrained"] is (not note)
         assert metrics["made_from"]["precision"] == ("bfloat16" if bf16 else "float32")
-    for text in [f"03_head.pt was trained with a different frozen layers{' and precision' if bf16 else ''}\n",
+    for text in [f"03_head.pt was trained with different frozen layers{' and a different precision' if bf16 else ''}\n",
                  f"  {PHOTO}: cats {cat:.3f}, dogs {dog:.3f}\n", "zero-shot accuracy", f"summary of script 03{note}\n",
                  f"validation images{note}\n", f"--layer fc7{' --weights untrained --lr 0.1' if note else ''}\n"]:
         assert text in printed
