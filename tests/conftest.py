@@ -1,15 +1,13 @@
 """What the tests share: the scripts as modules and as processes, small datasets, a small VGG16 and its weights.
-
-The tests run on the CPU wherever they run, because what they compare with was computed there; only
-test_accelerator.py uses a GPU, if there is one that works."""
+They run on the CPU, where what they compare with was computed; only test_accelerator.py uses a GPU, if there is one."""
 import contextlib
+import copy
 import importlib
 import io
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -19,10 +17,10 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "tests" / "small_vgg"
 sys.path[:0] = [str(ROOT), str(SMALL)]
-# No test may reach the network: a request meets a closed port of this machine.
+# No test may reach the network: a request meets a closed port of this machine. Small networks need only one thread.
 os.environ.update(dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9"),
                   no_proxy="127.0.0.1", PYTHONPATH=str(SMALL), TORCH_HOME=tempfile.mkdtemp(prefix="torch"),
-                  MPLBACKEND="Agg")
+                  MPLBACKEND="Agg", OMP_NUM_THREADS="1")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,10 +28,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision import datasets, models
 
 import common
-import small_vgg
+import small_vgg  # noqa: F401  from here on, VGG16 is small
 import support
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds, not 5, until a dead worker is noticed
@@ -61,8 +60,7 @@ def arguments(name, options):
 
 
 def run_here(name, *options, edits=None):
-    """Run a script's body in this process, which saves importing torch, after a student's edits, {old: new}. Return its
-    variables."""
+    """Run a script's body in this process, after a student's edits, {old: new}. Return its variables."""
     text = (ROOT / name).read_text()
     variables = {"__name__": "__main__", "__doc__": script(Path(name).stem).__doc__}
     for old, new in (edits or {}).items():
@@ -124,8 +122,7 @@ def make_dataset(folder, train=3, valid=2):
 
 
 def save_weights(home):
-    """Write seeded random numbers, in the place and form of VGG16's ImageNet weights, below a TORCH_HOME. Return the
-    path."""
+    """Write random weights in the place and form of ImageNet's, below a TORCH_HOME. Return the path."""
     path = home / "hub" / "checkpoints" / "vgg16-397923af.pth"
     path.parent.mkdir(parents=True)
     torch.manual_seed(1)
@@ -168,21 +165,31 @@ def analyse(dataset, folder, *options):
     return run_here("05_analysis.py", "--data-dir", dataset, "--output-dir", folder, *options)
 
 
-def keep_figures(patch):
-    """From now on, keep the figures in a dictionary {file name: Figure} instead of painting them into files."""
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, {file name: Figure}. They are not painted, which would take most of a run's time."""
     figures, save = {}, common.save
 
     def keep(folder, files):
         figures.update(files) if ".png" in str(files) else save(folder, files)  # a figure is saved by itself
 
-    patch.setattr(common, "save", keep)
+    monkeypatch.setattr(common, "save", keep)
     return figures
 
 
 @pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved, to look at what was drawn. Painting them would take most of the time of a run."""
-    return keep_figures(monkeypatch)
+def workers(monkeypatch):
+    """The number of worker processes that each DataLoader asks for when it begins; none is started."""
+    numbers, get_iterator = [], DataLoader._get_iterator
+
+    def without_workers(loader):
+        numbers.append(loader.num_workers)
+        loader = copy.copy(loader)
+        loader.num_workers = 0
+        return get_iterator(loader)
+
+    monkeypatch.setattr(DataLoader, "_get_iterator", without_workers)
+    return numbers
 
 
 @pytest.fixture(autouse=True)
@@ -220,53 +227,30 @@ def vgg(vgg_file):
     return common.freeze_and_replace_head(model).eval()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def real_run(request, tmp_path_factory):
-    """`python 03_finetune_head.py --sample` with the real VGG16, for the slow test: it takes longest, so it begins before
-    all other tests and runs beside them. Weights, folder of results, and process."""
-    if not any(item.get_closest_marker("slow") for item in request.session.items):
-        yield None
-        return
-    home, folder = tmp_path_factory.mktemp("real"), tmp_path_factory.mktemp("real_outputs")
-    with small_vgg.real():
-        weights = save_weights(home)
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"TORCH_HOME": str(home)}
-    command = [sys.executable, *arguments("03_finetune_head.py", ["--sample", "--output-dir", folder])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
-        yield SimpleNamespace(weights=weights, folder=folder, process=process)
-        process.kill()
-    shutil.rmtree(home)
-
-
 @pytest.fixture(scope="session")
 def lesson(vgg_file, tmp_path_factory):
-    """The five scripts on the bundled sample with --show --pause, cell by cell as in a notebook: the folder of results
-    and, for each script, what it printed and its variables; all figures, those that were shown, the headings."""
-    seen = SimpleNamespace(folder=tmp_path_factory.mktemp("lesson"), printed={}, names={}, figures={}, shown=[],
-                           banners=[], markers=[])
+    """The five scripts on the sample with --show, cell by cell as in a notebook: the folder of results, the headings of
+    the cells, what each script printed, its variables, all figures, and those that were shown."""
+    folder = tmp_path_factory.mktemp("lesson")
+    seen = SimpleNamespace(folder=folder, headings=[], printed={}, names={}, figures={}, shown=[])
     more = {"02_vgg_imagenet.py": ["--zero-shot", "--image", PHOTO], "04_precompute.py": ["--epochs", 3],
             "05_analysis.py": ["--image", PHOTO]}
-    save, banner, backend = common.save, support.banner, plt.get_backend()
+    save_figure, backend = common.save_figure, plt.get_backend()
 
-    def keep(folder, files):
-        seen.figures |= {name: figure for name, figure in files.items() if name.endswith(".png")}
-        save(folder, files)
-
-    def heading(*args):
-        seen.banners.append(args)
-        banner(*args[:2])
+    def keep(path, show):
+        seen.figures[path.name] = plt.gcf()
+        save_figure(path, show)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "save", keep)
-        patch.setattr(support, "banner", heading)
+        patch.setattr(common, "save_figure", keep)
         patch.setattr(plt, "show", lambda: seen.shown.append(plt.gcf()))
         plt.switch_backend("svg")  # any that is not the one for no display
         for name in SCRIPTS:
-            options = ["--sample", "--show", "--pause", "--output-dir", seen.folder, *more.get(name, [])]
+            options = ["--sample", "--show", "--output-dir", folder, *more.get(name, [])]
             patch.setattr(sys, "argv", arguments(name, options))
             _, *parts = re.split(r"^# %% (.*)\n", (ROOT / name).read_text(), flags=re.MULTILINE)
             seen.names[name] = variables = {"__name__": "__main__", "__doc__": script(Path(name).stem).__doc__}
-            seen.markers += parts[2::2]  # but for the first, before the imports
+            seen.headings += parts[2::2]  # but for the first, before the imports
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 for cell in parts[1::2]:
                     exec(compile(textwrap.dedent(cell), name, "exec"), variables)
