@@ -10,7 +10,7 @@ The lecture's introduction (video from 0:19:35, https://youtu.be/ZhC-DIrCe6A?t=1
 Writes the dataset to data/dogscats (or --data-dir), and to the output folder inputs_try.npy, labels_try.npy,
 01_valid_batch.png and 01_train_batch.png. To download from a mirror, set DOGSCATS_URL in the environment.
 """
-# %% Options
+# %% Options. Some imports are not used below: they are needed for commands typed in the video.
 import contextlib
 import gzip
 import hashlib
@@ -25,7 +25,7 @@ from pathlib import PureWindowsPath
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # unused here, as some imports below: needed for commands typed in the video
+import torchvision
 from torch import nn
 from torchvision import datasets, models, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
@@ -38,7 +38,7 @@ from support import (MIB, UserError, absolute_path, banner, check_folder, digest
 URLS = ["https://s3.amazonaws.com/fast-ai-sample/dogscats.tgz",
         "http://files.fast.ai/data/examples/dogscats.tgz"]  # the lecture's link, to the same file
 SIZE = 839_285_364  # bytes of the archive
-UNPACKED = 900_000_000  # bytes on the disk, about
+UNPACKED = 900_000_000  # about this many bytes on the disk
 HASH = ["md5", "3e483c8d6ef2175e9d395a6027eb92b7", MIB]  # of the first MiB
 COUNTS = {"train/cats": 11_500, "train/dogs": 11_500, "valid/cats": 1_000, "valid/dogs": 1_000, "test1": 12_500,
           "sample/train/cats": 8, "sample/train/dogs": 8, "sample/valid/cats": 4, "sample/valid/dogs": 4}
@@ -57,7 +57,7 @@ def unpack(archive, folder):
                 path = PureWindowsPath(member.name)  # understands both "/" and "\"
                 regular = member.isfile() or member.isdir()  # not a link, device or pipe
                 if not regular or path.anchor or ".." in path.parts or ":" in member.name:
-                    raise UserError(f"{archive}: contains {member.name!r}, not a file of the dataset: delete it")
+                    raise UserError(f"{archive}: {member.name!r} is not a file of the dataset: delete the archive")
                 member.name = "/".join(path.parts[1:])  # without the leading dogscats/
                 tar.extract(member, folder)
             while stream.read(MIB):  # to the end, where gzip verifies its checksum
@@ -66,7 +66,7 @@ def unpack(archive, folder):
         if found != COUNTS:
             raise EOFError(f"it contains {found}")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{archive}: not the complete dataset ({error}): move it away and run this again") from error
+        raise UserError(f"{archive}: incomplete or damaged ({error}): delete it and run this script again") from error
 
 
 def from_kaggle(source, folder):
@@ -100,10 +100,10 @@ def get_dataset(data_dir, kaggle):
     made in a temporary folder beside data_dir, and moved when it is complete. Raises UserError if this fails."""
     if data_dir.exists() and any(data_dir.iterdir()):
         if kaggle:
-            raise UserError(f"--from-kaggle: {data_dir} is not empty: leave out --from-kaggle to use what is there, or "
-                            "move it away to build a new dataset")
+            raise UserError(f"--from-kaggle: {data_dir} is not empty: omit --from-kaggle to use its contents, or "
+                            "rename it to build a new dataset")
         if not all((data_dir / x).is_dir() for x in ["train", "valid"]):
-            raise UserError(f"{data_dir}: train or valid is missing: move away what is there and run this again")
+            raise UserError(f"{data_dir}: no folder train or valid: rename {data_dir.name} and run this script again")
         return
     if os.path.ismount(data_dir):
         raise UserError(f"--data-dir: {data_dir} is a mounted folder, which cannot be replaced: choose a new folder "
@@ -134,7 +134,7 @@ def get_dataset(data_dir, kaggle):
         else:
             replace(folder, data_dir)
     except OSError as error:
-        if not (data_dir / "valid").is_dir():  # else a second run of this script was faster
+        if not (data_dir / "valid").is_dir():  # otherwise another run has created it already
             raise UserError(f"{folder} contains the complete dataset, but cannot be moved to {data_dir} "
                             f"({error.strerror}): close the programs that use it, and move it yourself") from error
     shutil.rmtree(temporary, ignore_errors=True)
@@ -163,9 +163,9 @@ def check_images(data_dir, remember):
         problems = [text for text in progress(pool.imap(problem, images), len(images), len(images)) if text]
     if problems:
         print(*problems[:20], sep="\n", file=sys.stderr)
-        more = f" (the first 20 are listed, {len(problems) - 20:,} more are not)" if len(problems) > 20 else ""
+        more = " (only the first 20 are listed)" if len(problems) > 20 else ""
         raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read{more}: replace or "
-                        "delete them, then run python 01_data.py again (without --from-kaggle)")
+                        "delete them, then run python 01_data.py again (omit --from-kaggle)")
     if remember:
         with contextlib.suppress(OSError):  # a dataset on a read-only disk is checked every time
             checked.write_bytes(digest.encode())
@@ -178,18 +178,18 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
                         help="build the dataset from Kaggle's or Microsoft's unzipped files in DIR")
     args = start_run(parser)
     if args.sample and args.from_kaggle:
-        parser.error("--from-kaggle builds the full dataset: leave out --sample")
+        parser.error("--from-kaggle builds the full dataset: omit --sample")
     print_options(args)
 
 # %% Using CNN for dogs vs cats
     banner("Using CNN for dogs vs cats", 1175, args.pause)
     # The lecture in one sentence: reuse a network that was already trained on different photos.
-    print("Kaggle's competition Dogs vs Cats: 25,000 labelled photos for training, 12,500 without labels to predict.\n"
+    print("Kaggle's competition Dogs vs. Cats: 25,000 labeled photos for training, 12,500 unlabeled ones to classify.\n"
           "When it was launched, at the end of 2013, the state of the art was said to be above 80 % accuracy.")
 
 # %% Imports
     banner("Imports")
-    # The imports stand at the top of the file.
+    # The imports are at the top of the file.
     print("torch", torch.__version__)
     print("Python", sys.version)
     # Without a GPU, use --sample (seconds) or a subset (--limit 1000, minutes); the full dataset takes hours.
@@ -199,12 +199,12 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         device = torch.device("mps")
     else:
         device = torch.device("cpu")
-    print("GPU found:", device.type != "cpu")
+    print("GPU found:", device.type != "cpu")  # the other scripts also test whether it works: get_device in common.py
 
 # %% Downloading the data
     banner("Downloading the data")
     # Kaggle's files are all in one folder. Jeremy Howard (fast.ai) sorted them into cats and dogs, and set some of them
-    # aside for validation: of the 25,000 labelled photos, 23,000 are for training and 2,000 for validation. test1
+    # aside for validation: of the 25,000 labeled photos, 23,000 are for training and 2,000 for validation. test1
     # contains the 12,500 without labels. The sample, 24 images, is only there to show that the code runs: 03 makes only
     # two updates on it, so expect about 50 % accuracy.
     data_dir = args.data_dir
@@ -213,31 +213,31 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     for x in ["train", "valid"]:
         check_folder(data_dir / x, CLASSES)
     print(data_dir)
-    for name in COUNTS:
+    for name in COUNTS:  # the folders of the dataset
         if (data_dir / name).is_dir():
             files = os.listdir(data_dir / name)
             n_images = sum(map(is_image_file, files))
             print(f"  {name:<20} {n_images:6,} images")
             if n_images < len(files):
                 print(f"    {len(files) - n_images:,} other files are not used: they do not end with", *IMG_EXTENSIONS)
-    check_images(data_dir, remember=not args.sample)
+    check_images(data_dir, remember=not args.sample)  # a damaged image would stop the training after hours
 
 # %% Data processing
     banner("Data processing", 1550, args.pause)
     # VGG16 expects images like those it was trained on: at least 224 x 224 pixels, values scaled to [0, 1], minus
-    # ImageNet's mean, divided by its standard deviation. All other networks of torchvision expect the same.
+    # ImageNet's mean, divided by its standard deviation. Most other networks of torchvision expect the same.
     normalize = transforms.Normalize(mean=MEAN, std=STD)
-    # Compose applies its steps in order. Random flips, crops or changes of colour would be added here.
+    # Compose applies its transforms in order. Random flips, crops or color changes would be added here.
     # The other scripts import the same imagenet_format from common.py: if you change it here, change it there too.
     imagenet_format = transforms.Compose([
         transforms.CenterCrop(224),  # keep only the central 224 x 224 pixels (smaller images get black borders)
         transforms.ToTensor(),  # scale the pixels to [0, 1], with the shape (3, 224, 224)
         normalize,
     ])
-    # At the prompt (start the script by python -i 01_data.py --sample) its name alone shows the steps again.
+    # To see it again at the prompt (start with python -i 01_data.py --sample), type imagenet_format.
     print(imagenet_format)
 
-    # ImageFolder pairs each file with a label. At the prompt, help(datasets.ImageFolder) shows what it offers.
+    # ImageFolder pairs each file with a label. At the prompt, help(datasets.ImageFolder) shows its documentation.
     dsets = {x: datasets.ImageFolder(data_dir / x, imagenet_format, loader=load_image) for x in ["train", "valid"]}
     if args.limit:
         limit_images(dsets, args.limit)
@@ -252,13 +252,13 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # A DataLoader loads the images, in num_workers separate processes (0: in this one), and stacks them into batches:
     # shuffled for training, in fixed order for validation. 5 images fit in one figure; batches of 64 make better use of
     # the processor, and still fit in memory.
-    torch.manual_seed(args.seed)
-    workers = args.num_workers or 0
+    torch.manual_seed(args.seed)  # the same "random" order in every run
+    workers = args.num_workers or 0  # the lecture's 6 need as many processor cores
     loader_train = torch.utils.data.DataLoader(dsets["train"], batch_size=64, shuffle=True, num_workers=workers)
     loader_valid = torch.utils.data.DataLoader(dsets["valid"], batch_size=5, shuffle=False, num_workers=workers)
 
     # Before you read on: what does next(iter(loader_valid)) return? If batches = iter(loader_valid), how many times can
-    # you call next(batches)? (It returns the first batch. 2,000 images are 400 batches of 5, so 400 times.)
+    # you call next(batches)? (Answers: the first batch; 400 times, as 2,000 images are 400 batches of 5.)
     inputs_try, labels_try = next(iter(loader_valid))
     print("\nbatches in loader_valid:", len(loader_valid))
     print("labels_try, of the first batch:", labels_try)

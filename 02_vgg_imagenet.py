@@ -4,16 +4,16 @@ The lecture's "Creating VGG Model" (video from 0:40:51, https://youtu.be/ZhC-DIr
 
   python 02_vgg_imagenet.py --sample                 5 images: what does VGG16 see?
   python 02_vgg_imagenet.py --sample --image my.jpg  also your own photos
-  python 02_vgg_imagenet.py --zero-shot              cats against dogs on all validation images, without training
+  python 02_vgg_imagenet.py --zero-shot              cats vs. dogs on all validation images, without further training
 
 Reads the dataset. Writes to the output folder probs_try.npy and 02_predictions.png; with --zero-shot also
 02_zero_shot.json and 02_zero_shot.png, with --image 02_images.png.
 """
-# %% Options
+# %% Options. Some imports are not used below: they are needed for commands typed in the video.
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # unused here, as some imports below: needed for commands typed in the video
+import torchvision
 from torch import nn
 from torchvision import datasets, models, transforms
 
@@ -21,17 +21,17 @@ from common import (IMAGENET, get_weights, imshow, load_data, load_vgg16, save_f
                     to_device)
 from support import banner, load_image, make_record, option_parser, print_options, progress, save, start_run
 
-# The numbers of ImageNet's classes of house cats (tabby to Egyptian cat) and of dogs (Chihuahua to Mexican hairless).
+# ImageNet's class indices of house cats (tabby to Egyptian cat) and of dogs (Chihuahua to Mexican hairless).
 CATS, DOGS = slice(281, 286), slice(151, 269)
 
 
 @torch.inference_mode()
 def zero_shot(args, model, device, dsets, loader_valid, note):
-    """Beyond the lecture: measure how well VGG16 tells cats from dogs without training."""
-    print("\nBeyond the lecture: zero-shot. Add up the probabilities of 118 breeds of dogs, and of 5 kinds of cats")
+    """Beyond the lecture: measure how well VGG16 distinguishes cats from dogs without further training."""
+    print("\nBeyond the lecture: zero-shot. Compare the sums of the probabilities of 5 cat and 118 dog classes")
     cat, dog = [], []
     for inputs, _ in progress(loader_valid, len(loader_valid), len(dsets["valid"])):
-        probs = nn.Softmax(dim=1)(model(inputs.to(device)).cpu())  # (B, 1000)
+        probs = nn.Softmax(dim=1)(model(inputs.to(device)).cpu())  # (B, 1000): letters as in common.py
         cat.extend(probs[:, CATS].sum(dim=1).tolist())
         dog.extend(probs[:, DOGS].sum(dim=1).tolist())
     sums = np.transpose([cat, dog])  # (M, 2)
@@ -48,10 +48,10 @@ def zero_shot(args, model, device, dsets, loader_valid, note):
         confusion.append([as_cats, as_dogs])
     print(f"probability assigned to neither cats nor dogs: {neither:.4f} on average")
 
-    # Worst mistakes: the sum of the wrong animal exceeds that of the right one by the most.
+    # Worst mistakes first: the largest lead of the wrong animal's probability over the right one's.
     wrong = np.where(predictions != all_classes)[0]
     lead = np.abs(sums[wrong, 1] - sums[wrong, 0])
-    worst = wrong[np.argsort(-lead, kind="stable")[:8]]
+    worst = wrong[np.argsort(-lead, kind="stable")[:8]]  # stable: ties keep the order of the images
     paths = [dsets["valid"].imgs[i][0] for i in worst]
     show_predictions([load_image(path) for path in paths], paths, all_classes[worst], sums[worst],
                      f"Zero-shot, worst mistakes: total probability of the predicted class{note}")
@@ -63,28 +63,29 @@ def zero_shot(args, model, device, dsets, loader_valid, note):
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
-    parser.add_argument("--zero-shot", action="store_true", help="measure how well it tells cats from dogs untrained")
+    parser.add_argument("--zero-shot", action="store_true", help="test it on cats and dogs without further training")
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
     args = start_run(parser)
-    device, dsets, loader_train, loader_valid = load_data(args)  # the steps of 01_data.py
+    device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
     dset_classes = dsets["train"].classes
     args.weights = get_weights(args.weights, args.sample)
     print_options(args)
-    note = ", untrained weights" if args.weights == "untrained" else ""
+    note = " (untrained weights)" if args.weights == "untrained" else ""
 
 # %% Creating VGG Model
     banner("Creating VGG Model", 2451, args.pause)
     # VGG16 was trained on ImageNet: 1.2 million photos of 1,000 classes. The pretrained weights are downloaded once (by
     # get_weights above) and then read from disk; the network is the same as models.vgg16(weights="DEFAULT").
     model_vgg = load_vgg16(args.weights)
-    dic_imagenet = IMAGENET.meta["categories"]
-    print("the first of the 1,000 categories, dic_imagenet[:4]:", dic_imagenet[:4])
+    dic_imagenet = IMAGENET.meta["categories"]  # the lecture downloads the same names as a JSON file
+    print("the first of the 1,000 classes, dic_imagenet[:4]:", dic_imagenet[:4])
 
     inputs_try, labels_try = next(iter(loader_valid))  # the first batch, as in 01_data.py
     inputs_try, labels_try = inputs_try.to(device), labels_try.to(device)
-    model_vgg = to_device(model_vgg, device, args.bf16)
+    model_vgg = to_device(model_vgg, device, args.bf16)  # the lecture's model_vgg.to(device), and --bf16
 
-    model_vgg.eval()  # evaluation mode: switches off dropout, which would make predictions random
+    # Switch off dropout (the lecture forgets this), which sets random outputs of dense layers to 0 during training.
+    model_vgg.eval()
     with torch.inference_mode():  # no gradients are needed to predict
         outputs_try = model_vgg(inputs_try)
     print("\noutputs_try:", outputs_try, sep="\n")
@@ -98,7 +99,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     print("highest probability, vals_try:", vals_try)
     print("predicted class:", [dic_imagenet[i] for i in preds_try])
 
-    print("\nthe five most likely classes of each image:")
+    print("\nBeyond the lecture: the five most likely classes of each image")
     vals, preds = probs.topk(5)  # (5, 5)
     for i, label in enumerate(labels_try):
         print(f"  {dset_classes[label]}:", end="")
@@ -118,14 +119,17 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     if args.zero_shot:
         zero_shot(args, model_vgg, device, dsets, loader_valid, note)
     if args.image:
-        print("\nBeyond the lecture: your own photos, resized and cropped as these weights were tested")
+        print("\nBeyond the lecture: your own photos, resized and cropped as in torchvision's evaluation of VGG16")
         answers = []
         for path in args.image:
-            inputs = IMAGENET.transforms()(load_image(path, rotate=True))[None]  # (1, 3, 224, 224)
+            photo = load_image(path, rotate=True)
+            inputs = IMAGENET.transforms()(photo)[None]  # a batch of one: (1, 3, 224, 224)
             with torch.inference_mode():
                 vals, preds = m_softm(model_vgg(inputs.to(device)))[0].topk(5)
-            answers.append({dic_imagenet[i]: val.item() for i, val in zip(preds, vals, strict=True)})
-            print(f"  {path}:", *(f"{name} {p:.3f} " for name, p in answers[-1].items()))
+            answers.append({dic_imagenet[preds[i]]: vals[i].item() for i in range(5)})
+            print(f"  {path}:")
+            for name, p in answers[-1].items():
+                print(f"    {name} {p:.3f}")
         show_photos(args.image, answers, f"What VGG16 sees{note}")
         save_figure(args.output_dir / "02_images.png", args.show)
     print(f"\nDone{note}. Next, with the same options (--sample, --limit, ...): python 03_finetune_head.py")

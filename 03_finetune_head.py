@@ -4,16 +4,16 @@ The lecture's "Modifying the last layer and setting the gradient false to all la
 https://youtu.be/ZhC-DIrCe6A?t=2755) and "Training the fully connected module" (from 0:49:50).
 
   python 03_finetune_head.py --sample    24 images, a few seconds
-  python 03_finetune_head.py             all 25,000: minutes on a GPU, hours on a CPU
+  python 03_finetune_head.py             all 25,000 images: minutes on a GPU, hours on a CPU
 
 Reads the dataset. Writes to the output folder 03_blocks.png, 03_head.pt, 03_predictions.npy, 03_all_proba.npy,
 03_all_classes.npy, 03_metrics.json, 03_training.png and 03_valid_batch.png.
 """
-# %% Options
+# %% Options. Some imports are not used below: they are needed for commands typed in the video.
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # unused here, as some imports below: needed for commands typed in the video
+import torchvision
 from torch import nn
 from torchvision import datasets, models, transforms
 
@@ -24,12 +24,12 @@ from support import banner, make_record, number, option_parser, print_options, s
 
 @torch.inference_mode()
 def show_blocks(model, image, heading):
-    """The lecture's picture of VGG16, drawn from the network itself: print the output shape of each block for one image
-    (3, 224, 224), and its number of parameters; draw the image as it leaves the five blocks of convolutions."""
+    """Print the output shape of each block for one image (3, 224, 224), and its number of parameters. Draw the image
+    after each of the five blocks of convolutions, like the lecture's diagram."""
     blocks = [("2 convolutions, pooling", model.features[:5]), ("2 convolutions, pooling", model.features[5:10]),
               ("3 convolutions, pooling", model.features[10:17]), ("3 convolutions, pooling", model.features[17:24]),
               ("3 convolutions, pooling", model.features[24:]),
-              ("dense", nn.Sequential(model.avgpool, nn.Flatten(), *model.classifier[:2])),  # avgpool keeps 7 x 7
+              ("dense", nn.Sequential(model.avgpool, nn.Flatten(), model.classifier[:2])),  # avgpool keeps 7 x 7
               ("dense", model.classifier[3:5]), ("dense", model.classifier[6])]
     plt.figure(figsize=(15, 3.6), layout="constrained")
     plt.suptitle(heading)
@@ -50,32 +50,33 @@ def show_blocks(model, image, heading):
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
-    parser.add_argument("--epochs", type=number(1, 1_000_000), default=2, metavar="N", help="default: 2")
+    parser.add_argument("--epochs", type=number(1, 10**6), default=2, metavar="N", help="epochs (default: 2)")
     parser.add_argument("--lr", type=number(0, 1_000, float), default=0.001, help="learning rate (default: 0.001)")
-    parser.add_argument("--batch-size", type=number(1, 1_000_000), default=64, metavar="N", help="default: 64")
+    parser.add_argument("--batch-size", type=number(1, 10**6), default=64, metavar="N",
+                        help="training images per batch, that is, per update (default: 64)")
     args = start_run(parser)
-    device, dsets, loader_train, loader_valid = load_data(args, args.batch_size)  # the steps of 01_data.py
+    device, dsets, loader_train, loader_valid = load_data(args, args.batch_size)  # as in 01_data.py
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
     dset_classes = dsets["train"].classes
     args.weights = get_weights(args.weights, args.sample)
     print_options(args)
-    note = ", untrained weights" if args.weights == "untrained" else ""
+    note = " (untrained weights)" if args.weights == "untrained" else ""
 
 # %% Modifying the last layer and setting the gradient false to all layers
     banner("Modifying the last layer and setting the gradient false to all layers", 2755, args.pause)
     model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py
     print(model_vgg)
 
-    # Convolutions look for small patterns, the same ones everywhere in the image. Pooling halves its width and height,
-    # so that small shifts matter less. Dense layers (Linear) combine what was found all over the image; the first of
-    # them contains 103 of the 138 million parameters.
+    # Convolutions detect small patterns anywhere in the image. Pooling halves width and height, so small shifts matter
+    # less. Dense layers (Linear) combine patterns from the whole image; the first one contains 103 of the 138 million
+    # parameters.
     show_blocks(model_vgg, dsets["valid"][0][0], f"A validation image after each block of VGG16{note}")
     save_figure(args.output_dir / "03_blocks.png", args.show)
 
-    # Note: frozen parameters get no gradients, so training never changes them.
+    # Freeze all parameters: they get no gradients, so training never changes them.
     for param in model_vgg.parameters():
         param.requires_grad = False
-    # Keep all layers but the last; replace that one by a new layer with 2 outputs instead of 1,000. (6 is the number
+    # Keep all layers but the last; replace that one with a new layer with 2 outputs instead of 1,000. (6 is the number
     # printed before the last Linear layer above. Its 4.1 million weights, for ImageNet's classes, are discarded.)
     torch.manual_seed(args.seed)  # the new layer starts from random weights
     model_vgg.classifier[6] = nn.Linear(4096, 2)
@@ -98,15 +99,14 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # SGD: each parameter p becomes p - lr * gradient. Note: the optimizer receives only the last layer's parameters.
     lr = args.lr
     optimizer_vgg = torch.optim.SGD(model_vgg.classifier[6].parameters(), lr=lr)
-    print(criterion, optimizer_vgg, sep="\n")
 
 # %% Training the model
     banner("Training the model")
     # train_model and test_model are the lecture's functions: read them in common.py. An epoch uses every training image
-    # once, in batches; each batch makes one update of the parameters. The accuracy of an epoch is measured during
-    # training, with dropout on, so the test accuracy can be higher.
+    # once, in batches; each batch gives one update of the parameters. The accuracy of an epoch is measured during
+    # training, with dropout on, so the validation accuracy can be higher.
     before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}  # a copy of all parameters
-    torch.manual_seed(args.seed)  # for the shuffling and dropout
+    torch.manual_seed(args.seed)  # for shuffling and dropout
     history = train_model(model_vgg, loader_train, size=dset_sizes["train"], epochs=args.epochs,
                           optimizer=optimizer_vgg, criterion=criterion)
 
@@ -119,13 +119,13 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         total[kind] += param.numel()
     for kind in ["frozen", "trainable"]:
         print(f"{kind}: {changed[kind]:,} of {total[kind]:,} parameters changed")
-    record = make_record(dsets, model_vgg)
+    record = make_record(dsets, model_vgg)  # what the results are made from; later scripts compare it
     save_results(args, "03", model_vgg, record, history)  # save now, in case the test stops at a damaged image
 
     predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes["valid"])
     metrics = save_results(args, "03", model_vgg, record, history, (predictions, all_proba, all_classes))
 
-    # Four cats and four dogs. (The lecture shows the first batch of loader_valid, which contains 5 cats.)
+    # Four cats and four dogs. (The lecture's first n_images of loader_valid are its first batch, 5 cats.)
     n_images = 8
     idx = four_of_each(dsets["valid"])
     inputs = torch.stack([dsets["valid"][i][0] for i in idx])  # (8, 3, 224, 224)
@@ -143,7 +143,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
     n_updates = args.epochs * len(loader_train)
     if args.sample and n_updates < 10:
-        print(f"\nonly {n_updates} updates on {dset_sizes['train']} images: the code works, but the model has learned "
+        print(f"\nupdates: {n_updates}, on {dset_sizes['train']} images. The code works, but the model has learned "
               "almost nothing.")
         untrained = " --weights untrained --lr 0.1" if note else ""
         print(f"To see it learn: python 04_precompute.py --sample --layer fc7{untrained}")

@@ -4,43 +4,44 @@ The lecture's "Speeding up the learning by precomputing features" (video from 0:
 https://youtu.be/ZhC-DIrCe6A?t=3460).
 
   python 04_precompute.py --sample                     24 images, a few seconds
-  python 04_precompute.py --limit 1000 --layer fc7     minutes on a CPU, and close to the lecture's result
-  python 04_precompute.py                              all 25,000; if interrupted, run it again to resume
+  python 04_precompute.py --limit 1000 --layer fc7     minutes on a CPU; accuracy close to the lecture's
+  python 04_precompute.py                              all 25,000 images; if interrupted, run it again to resume
 
 Reads the dataset, and the results of 03_finetune_head.py if there are any. Writes to the output folder
 conv_feat_train.npy and conv_feat_valid.npy (2.5 GB for all images; with --layer fc7: fc7_feat_*.npy, 0.4 GB),
 labels_train.npy, labels_valid.npy, and the same files as 03 (04_head.pt, ...).
 """
-# %% Options
+# %% Options. Some imports are not used below: they are needed for commands typed in the video.
 import math
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # unused here, as some imports below: needed for commands typed in the video
+import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, models, transforms
 
 from common import (four_of_each, freeze_and_replace_head, get_weights, imshow, load_data, load_state, load_vgg16,
                     plot_training, save_figure, save_results, show_predictions, test_model, to_device, train_model)
-from support import (FeatureFile, banner, differences, load, make_record, number, option_parser, print_options,
+from support import (IMAGES, FeatureFile, banner, differences, load, make_record, number, option_parser, print_options,
                      progress, save, start_run)
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
-    parser.add_argument("--epochs", type=number(1, 1_000_000), default=50, metavar="N", help="default: 50")
+    parser.add_argument("--epochs", type=number(1, 10**6), default=50, metavar="N", help="epochs (default: 50)")
     parser.add_argument("--lr", type=number(0, 1_000, float), default=0.001, help="learning rate (default: 0.001)")
-    parser.add_argument("--batch-size", type=number(1, 1_000_000), default=128, metavar="N", help="default: 128")
-    parser.add_argument("--layer", choices=["conv", "fc7"], default="conv", help="the last layer to precompute: conv, "
-                        "all convolutions, as in the lecture; fc7, all layers but the last (default: conv)")
+    parser.add_argument("--batch-size", type=number(1, 10**6), default=128, metavar="N",
+                        help="training images per batch, that is, per update (default: 128)")
+    parser.add_argument("--layer", choices=["conv", "fc7"], default="conv", help="precompute up to this layer: "
+                        "conv, all convolutions, as in the lecture; fc7, all layers but the last (default: conv)")
     args = start_run(parser)
-    device, dsets, loader_train, loader_valid = load_data(args)  # the steps of 01_data.py
+    device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
     dset_classes = dsets["train"].classes
     args.weights = get_weights(args.weights, args.sample)
     print_options(args)
-    note = ", untrained weights" if args.weights == "untrained" else ""
+    note = " (untrained weights)" if args.weights == "untrained" else ""
 
 # %% Speeding up the learning by precomputing features
     banner("Speeding up the learning by precomputing features", 3460, args.pause)
@@ -49,9 +50,10 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     model_vgg = to_device(freeze_and_replace_head(model_vgg), device, args.bf16)  # as in 03_finetune_head.py
     record = make_record(dsets, model_vgg)
 
-    # Note: frozen layers give the same output for an image in every epoch, so run them only once.
+    # Note: frozen layers give the same output for an image in every epoch, so run them only once. (What the letters in
+    # the shapes mean is explained in common.py.)
     if args.layer == "conv":
-        frozen, trained = model_vgg.features, model_vgg.classifier  # avgpool, between them, keeps 7 x 7 as it is
+        frozen, trained = model_vgg.features, model_vgg.classifier  # avgpool, between them, does not change 7 x 7
     else:
         # The frozen dense layers run only once too, without dropout. VGG16's authors call its three dense layers fc6,
         # fc7 and fc8. Only fc8, the last one, is left to train: a simple logistic regression.
@@ -70,24 +72,25 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         conv_features = []
         labels_list = []
         for inputs, labels in dataloader:
-            inputs = inputs.to(device, non_blocking=device.type == "cuda")
+            inputs = inputs.to(device, non_blocking=device.type == "cuda")  # as in train_model
             x = frozen(inputs)
             conv_features.extend(x.cpu().numpy())
             labels_list.extend(labels.numpy())
         conv_features = np.array(conv_features)
         return conv_features, labels_list
 
-    # The lecture calls conv_feat_train, labels_train = preconvfeat(loader_train): all features in memory, in shuffled
-    # order, and gone at the end. Here the same function computes one batch after the other (a list of one batch is a
-    # dataloader too), in the order of the images, so that row i belongs to image i; each batch is added to a file.
+    # The lecture calls conv_feat_train, labels_train = preconvfeat(loader_train): this keeps all features in memory, in
+    # shuffled order, and loses them at the end. Here the function is called for one batch at a time (a list of one
+    # batch works like a dataloader), in fixed order, so that row i belongs to image i, and appended to a file.
     batch_size = 8 if device.type == "cpu" else 64  # on a CPU, larger batches are slower and need more memory
     conv_feat = {}
     for x in ["train", "valid"]:
-        parts = ["transform", f"{x} images", "frozen layers", "precision"]
+        # What these features depend on: if any of it changes, they are computed again.
+        parts = ["transform", IMAGES[x], "frozen layers", "precision"]
         made_from = {name: record[name] for name in parts} | {"network": str(frozen)}
         file = FeatureFile(args.output_dir / f"{args.layer}_feat_{x}.npy", (dset_sizes[x], *x_try.shape[1:]), made_from,
                            batch_size)
-        remaining = Subset(dsets[x], range(file.done, dset_sizes[x]))  # without what an earlier run has computed
+        remaining = Subset(dsets[x], range(file.done, dset_sizes[x]))  # skip what an earlier run has computed
         loader = DataLoader(remaining, batch_size=batch_size, num_workers=loader_train.num_workers,
                             pin_memory=loader_train.pin_memory)
         for batch in progress(loader, len(loader), len(remaining)):
@@ -104,6 +107,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     banner("Creating a new data generator")
     # No images are loaded from here on. Don't worry if these lines are unclear: they only serve the saved features in
     # batches.
+    # flatten: from (N, 512, 7, 7) to (N, 25088)
     datasetfeat_train = TensorDataset(torch.from_numpy(conv_feat_train).flatten(1), torch.from_numpy(labels_train))
     loaderfeat_train = DataLoader(datasetfeat_train, batch_size=args.batch_size, shuffle=True)
     datasetfeat_valid = TensorDataset(torch.from_numpy(conv_feat_valid).flatten(1), torch.from_numpy(labels_valid))
@@ -113,27 +117,27 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     path_03 = args.output_dir / "03_metrics.json"
     metrics_03 = load(path_03, "run python 03_finetune_head.py again") if path_03.exists() else None
     if metrics_03 is None:
-        print("the last layer starts from random weights: there are no results of 03_finetune_head.py here")
+        print("the last layer starts from random weights: no results of 03_finetune_head.py were found")
     elif changed := differences(metrics_03["made_from"], record):
         print(f"the last layer starts from random weights: 03_head.pt was trained with {changed}")
         metrics_03 = None
     else:
-        print("the last layer continues from 03_head.pt, which was trained on the same images, through the same layers")
+        print("the last layer continues from 03_head.pt, trained on the same images with the same frozen layers")
         load_state(model_vgg.classifier[6], args.output_dir / "03_head.pt", "run python 03_finetune_head.py again")
-        model_vgg.to(device)
+        model_vgg.to(device)  # load_state leaves the new parameters on the CPU
 
-    # 50 epochs, and only 2 in 03: without the frozen layers, an epoch takes a fraction of the time (see below).
+    # 50 epochs here, only 2 in 03: on features, an epoch takes a fraction of the time (see below).
     criterion = nn.NLLLoss()
     optimizer_vgg = torch.optim.SGD(model_vgg.classifier[6].parameters(), lr=args.lr)
-    torch.manual_seed(args.seed)  # for the shuffling and dropout
+    torch.manual_seed(args.seed)  # for shuffling and dropout
     history = train_model(trained, loaderfeat_train, size=dset_sizes["train"], epochs=args.epochs,
                           optimizer=optimizer_vgg, criterion=criterion)
 
     predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"])
-    record = make_record(dsets, model_vgg)  # again: if you edited the lines above, other layers may have changed too
+    record = make_record(dsets, model_vgg)  # again, because your edits may have changed other layers too
     metrics = save_results(args, "04", model_vgg, record, history, (predictions, all_proba, all_classes))
 
-    # What precomputing saves:
+    # The time gained by precomputing. An earlier run may have computed the features: the file knows the speed.
     on_features = metrics["seconds_per_epoch"]
     speed = load(args.output_dir / f"{args.layer}_feat_train.json", "run this script again")["images_per_second"]
     print(f"\nan epoch on features: {on_features:.3f} s")

@@ -5,24 +5,26 @@ https://youtu.be/ZhC-DIrCe6A?t=3819) and "Conclusion".
 
   python 05_analysis.py --sample                     the results of 04_precompute.py --sample, or else of 03
   python 05_analysis.py --sample --image my.jpg      cat or dog? Your own photos
-  python 05_analysis.py --submission                 the entry for Kaggle: submission.csv
+  python 05_analysis.py --submission                 the submission to Kaggle: submission.csv
 
 Reads the dataset and the results of 04 (or 03). Writes to the output folder a figure for each view (05_correct.png,
 ...), 05_histogram.png and 05_confusion.png; with --image also 05_images.png, with --submission submission.csv.
 """
-# %% Options
+# %% Options. Some imports are not used below: they are needed for commands typed in the video.
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torchvision  # unused here, as some imports below: needed for commands typed in the video
+import torchvision
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models, transforms
 from torchvision.datasets.folder import is_image_file
 
 from common import (CLASSES, IMAGENET, freeze_and_replace_head, get_device, get_weights, imshow, load_data, load_state,
                     load_vgg16, log_loss, save_figure, show_photos, show_predictions, to_device)
-from support import (UserError, banner, differences, load, load_image, make_record, number, option_parser,
+from support import (IMAGES, UserError, banner, differences, load, load_image, make_record, number, option_parser,
                      print_options, progress, save, start_run)
+
+CLIP = 0.005, 0.995  # bounds of the probabilities that are sent to Kaggle
 
 
 def load_results(args, step, dsets):
@@ -34,9 +36,11 @@ def load_results(args, step, dsets):
     if "valid_loss" not in metrics:
         raise UserError(f"{path}: the script was stopped before its test: {again}")
     now = make_record(dsets)
-    del now["train images"]  # the predictions do not depend on them
+    del now[IMAGES["train"]]  # the predictions do not depend on them
     if changed := differences(metrics.get("made_from", {}), now):
         raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with {changed}: {again}")
+    if args.weights in ("imagenet", "untrained") and args.weights != metrics["weights"]:
+        raise UserError(f"--weights {args.weights}: script {step} used {metrics['weights']}: omit --weights")
     predictions = load(args.output_dir / f"{step}_predictions.npy", again)
     all_proba = load(args.output_dir / f"{step}_all_proba.npy", again)
     all_classes = load(args.output_dir / f"{step}_all_classes.npy", again)
@@ -85,11 +89,11 @@ def load_trained(args, step, metrics, dsets):
         raise UserError(f"{path} was trained with {changed} (--weights {metrics['weights']}): use the same options, or "
                         "train it again")
     load_state(model_vgg.classifier[6], path, "run the script that trained it again")
-    return model_vgg.to(device).eval(), device
+    return model_vgg.to(device).eval(), device  # load_state leaves the new parameters on the CPU
 
 
 class TestImages(Dataset):
-    """The images of test1, which have no labels, so that ImageFolder cannot load them. Item i: (3, 224, 224)."""
+    """Dataset of the unlabeled images of test1, which ImageFolder cannot load. Item i: (3, 224, 224)."""
 
     def __init__(self, paths, transform):
         self.paths, self.transform = paths, transform
@@ -102,22 +106,22 @@ class TestImages(Dataset):
 
 
 def find_test_images(folder):
-    """Return the images of test1, by their numbers: 1.jpg, 2.jpg, 10.jpg. Raises UserError if there are none."""
+    """Return the paths of the images of test1 in numeric order. Raises UserError if there are none."""
     paths = [path for path in folder.glob("*") if is_image_file(path.name) and path.stem.isdecimal()]
     if not paths:
-        raise UserError(f"{folder}: no images there: run python 01_data.py first, and leave out --sample")
+        raise UserError(f"{folder}: contains no numbered images: run python 01_data.py first, and omit --sample")
     return sorted(paths, key=lambda path: int(path.stem))
 
 
 @torch.inference_mode()
 def write_submission(args, model, device, dset_test, num_workers):
-    """Predict test1 and write submission.csv for Kaggle. Its score is the log loss: one image whose true class got the
-    probability 0 would cost infinitely much. With p clipped to [0.005, 0.995], it costs at most -log(0.005) = 5.3."""
+    """Predict test1 and write submission.csv for Kaggle. The score is the log loss, which is infinite if any true class
+    has probability 0. Probabilities clipped to CLIP limit it to -log(0.005) = 5.3 per image."""
     print(f"\nBeyond the lecture: the submission to Kaggle for {len(dset_test):,} images of test1 (Kaggle has 12,500)")
     loader_test = DataLoader(dset_test, batch_size=16, num_workers=num_workers)
     dog = []
     for inputs in progress(loader_test, len(loader_test), len(dset_test)):
-        dog.extend(model(inputs.to(device)).exp()[:, 1].clip(0.005, 0.995).tolist())
+        dog.extend(model(inputs.to(device)).exp()[:, 1].clip(*CLIP).tolist())
     rows = ["id,label\n"]
     for path, p in zip(dset_test.paths, dog, strict=True):
         rows.append(f"{int(path.stem)},{p:.6f}\n")
@@ -126,20 +130,18 @@ def write_submission(args, model, device, dset_test, num_workers):
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
-    parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 if it has run, else 03)")
+    parser.add_argument("--step", choices=["03", "04"], help="script to analyze (default: 04 if it has run, else 03)")
     parser.add_argument("--n-view", type=number(1, 100), default=8, metavar="N", help="images per view (default: 8)")
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
-    parser.set_defaults(weights=None)  # those of the results
+    parser.set_defaults(weights=None)  # the weights of the results
     args = start_run(parser)
     test_paths = find_test_images(args.data_dir / "test1") if args.submission else []
-    device, dsets, loader_train, loader_valid = load_data(args)  # the steps of 01_data.py
+    device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
     dset_classes = dsets["valid"].classes
     step = args.step or ("04" if (args.output_dir / "04_metrics.json").exists() else "03")
     metrics, predictions, all_proba, all_classes = load_results(args, step, dsets)
-    if args.weights in ("imagenet", "untrained") and args.weights != metrics["weights"]:
-        raise UserError(f"--weights {args.weights}: script {step} used {metrics['weights']}: leave out --weights")
     args.weights = args.weights or metrics["weights"]
     args.bf16 = args.bf16 or metrics["made_from"]["precision"] == "bfloat16"
     print_options(args)
@@ -149,13 +151,14 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 # %% Viewing model prediction (qualitative analysis)
     banner("Viewing model prediction (qualitative analysis)", 3819, args.pause)
     # Judge a model on images it was not trained on. If it does much better on the training images, it is overfitting.
-    # First make a model that can overfit; only then care about regularization and augmentation. (Augmentation changes
-    # the images in every epoch, so it cannot be used with precomputed features.)
+    # First make a model that can overfit; only then add regularization (against overfitting, as dropout is) and
+    # augmentation (random changes of the images in every epoch; impossible with precomputed features).
     print(f"accuracy of {of_script}, in the last epoch of training: {metrics['train_accuracy'][-1]:.4f}")
 
-    # The views help to find faults: wrong labels, odd crops, animals that the model has never seen.
+    # The views help to find problems: wrong labels, animals outside the central 224 x 224 pixels, rare breeds. They
+    # show the photos themselves (the lecture also shows a batch of the first view).
     n_view = args.n_view  # number of images in each view
-    permutation = np.random.default_rng(args.seed).permutation
+    permutation = np.random.default_rng(args.seed).permutation  # the lecture's permutation, with a seed
 
     def view(idx, title, name):
         """Save a figure of the validation images idx, uncropped, with the true and the predicted class of each."""
@@ -164,25 +167,25 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
                          f"{title} ({of_script})")
         save_figure(args.output_dir / name, args.show)
 
-    # 1. A few correct labels at random
+    # 1. A few correct predictions, at random
     correct = np.where(predictions == all_classes)[0]
-    print(f"correct of {dset_sizes['valid']:,} validation images: {len(correct) / dset_sizes['valid']:.4f}")
+    print(f"accuracy on {dset_sizes['valid']:,} validation images: {len(correct) / dset_sizes['valid']:.4f}")
     idx = permutation(correct)[:n_view]
     view(idx, "Correct, at random", "05_correct.png")
 
-    # 2. A few incorrect labels at random
+    # 2. A few incorrect predictions, at random
     incorrect = np.where(predictions != all_classes)[0]
     view(permutation(incorrect)[:n_view], "Incorrect, at random", "05_incorrect.png")
 
-    # 3. Most confident correct predictions: lowest probability of the other class first
+    # 3. Most confident correct predictions: lowest probability of the other class first (stable: ties stay in order)
     correct_cats = np.where((predictions == 0) & (predictions == all_classes))[0]
     most_correct_cats = np.argsort(all_proba[correct_cats, 1], kind="stable")[:n_view]  # positions in correct_cats
-    view(correct_cats[most_correct_cats], "Most correct cats", "05_most_correct_cats.png")
+    view(correct_cats[most_correct_cats], "Most correct cats, most confident first", "05_most_correct_cats.png")
     correct_dogs = np.where((predictions == 1) & (predictions == all_classes))[0]
     most_correct_dogs = np.argsort(all_proba[correct_dogs, 0], kind="stable")[:n_view]
-    view(correct_dogs[most_correct_dogs], "Most correct dogs", "05_most_correct_dogs.png")
+    view(correct_dogs[most_correct_dogs], "Most correct dogs, most confident first", "05_most_correct_dogs.png")
 
-    # 4. Most confident incorrect predictions. incorrect_cats are dogs that were predicted as cats, and conversely.
+    # 4. Most confident incorrect predictions. incorrect_cats: dogs predicted as cats; incorrect_dogs: cats as dogs
     incorrect_cats = np.where((predictions == 0) & (predictions != all_classes))[0]
     most_incorrect_cats = np.argsort(all_proba[incorrect_cats, 1], kind="stable")[:n_view]
     view(incorrect_cats[most_incorrect_cats], "Most incorrect cats: dogs predicted as cats, most confident first",
@@ -192,7 +195,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     view(incorrect_dogs[most_incorrect_dogs], "Most incorrect dogs: cats predicted as dogs, most confident first",
          "05_most_incorrect_dogs.png")
 
-    # 5. The most uncertain labels: probability closest to 0.5
+    # 5. The most uncertain predictions: probability closest to 0.5
     most_uncertain = np.argsort(np.abs(all_proba[:, 1] - 0.5), kind="stable")[:n_view]
     view(most_uncertain, "Most uncertain", "05_most_uncertain.png")
 
@@ -203,10 +206,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     plot_histogram(all_proba, all_classes, f"Probability of dog by true class ({of_script})")
     save_figure(args.output_dir / "05_histogram.png", args.show)
     print(f"\nsummary of {of_script}")
-    print(f"  accuracy                {len(correct) / dset_sizes['valid']:.4f}")
     print(f"  log loss                {log_loss(all_proba, all_classes):.4f}  (NLLLoss, as in training)")
-    clipped = all_proba.clip(0.005, 0.995)
-    print(f"  log loss, clipped       {log_loss(clipped, all_classes):.4f}  (as --submission does for Kaggle)")
+    print(f"  log loss, clipped       {log_loss(all_proba.clip(*CLIP), all_classes):.4f}  (as in --submission)")
     print(f"  cats predicted as dogs  {confusion[0, 1]:,} of {confusion[0].sum():,}")
     print(f"  dogs predicted as cats  {confusion[1, 0]:,} of {confusion[1].sum():,}")
     path = args.output_dir / "02_zero_shot.json"
@@ -218,8 +219,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 # %% Conclusion
     banner("Conclusion")
     # 02_vgg_imagenet.py showed that VGG16 can name breeds of cats and dogs, so it is not surprising that its features
-    # tell cats from dogs.
-    print("We trained a simple logistic regression: 2 x 4096 weights + 2 biases = 8,194 parameters, on any CPU.\n"
+    # distinguish cats from dogs.
+    print("We trained a simple logistic regression: 2 x 4096 + 2 = 8,194 parameters, for which any CPU is enough.\n"
           "We used a sledgehammer to kill a fly: VGG16 had learned from 1.2 million photos, many of cats and dogs.\n"
           "Still, these were the steps of a real project: get the data, set up the machine, prepare the images,\n"
           "compute the features once, and keep them for the next experiment.")
@@ -227,10 +228,11 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     if args.image or args.submission:
         model_vgg, device = load_trained(args, step, metrics, dsets)
     if args.image:
-        print("\nBeyond the lecture: your own photos, resized and cropped as VGG16's weights were tested")
+        print("\nBeyond the lecture: your own photos, resized and cropped as in torchvision's evaluation of VGG16")
         answers = []
         for path in args.image:
-            inputs = IMAGENET.transforms()(load_image(path, rotate=True))[None]  # (1, 3, 224, 224)
+            photo = load_image(path, rotate=True)
+            inputs = IMAGENET.transforms()(photo)[None]  # a batch of one: (1, 3, 224, 224)
             with torch.inference_mode():
                 cat, dog = model_vgg(inputs.to(device))[0].exp().tolist()
             answers.append({"cats": cat, "dogs": dog})

@@ -1,5 +1,5 @@
-"""What the five scripts share: transforms, imshow, VGG16 and its new last layer, the train and test loops, the device,
-loading the data, and the figures. What keeps a run safe, such as options and error messages, is in support.py.
+"""Code shared by the five scripts: transforms, imshow, VGG16 and its new last layer, training, testing, the device,
+loading data, figures. Code that is not part of the lecture, such as options and error messages, is in support.py.
 
 Letters in shapes: B images in a batch, N training images, M validation images, H x W pixels."""
 import time
@@ -26,7 +26,7 @@ imagenet_format = transforms.Compose([
 ])
 
 IMAGENET = models.VGG16_Weights.IMAGENET1K_V1  # torchvision's description of the pretrained weights
-IMAGENET_FILE = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")  # where torchvision keeps them too
+IMAGENET_FILE = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")  # torchvision uses the same
 IMAGENET_SIZE = 553_433_881  # bytes
 
 
@@ -42,29 +42,13 @@ def imshow(image, title=None):
         columns = min(len(title), 8)  # make_grid starts a new row after 8 images
         size = image.shape[1] / columns  # pixels
         for i, name in enumerate(title):
-            plt.text((i % 8 + 0.5) * size, i // 8 * size - 8, name, ha="center", backgroundcolor="white")
+            row, column = divmod(i, 8)
+            plt.text((column + 0.5) * size, row * size - 14, name, ha="center", backgroundcolor="white")
     elif title is not None:
         plt.title(title, parse_math=False)
 
 
 # ------------------------------------------------------------------------------------------------ VGG16 and its layers
-def get_weights(weights, sample=False):
-    """Return the value of --weights to use, with a file's path made absolute. "imagenet": download the file if it is
-    missing. If that fails, a run on the sample continues with "untrained"; any other run ends with a UserError."""
-    if weights == "imagenet" and not IMAGENET_FILE.exists():
-        try:
-            download([IMAGENET.url], IMAGENET_FILE, IMAGENET_SIZE, ["sha256", "397923af"])
-        except UserError as error:
-            if not sample:
-                raise UserError(f"{error}, or use --weights FILE or --weights untrained") from error
-            print(error)
-            weights = "untrained"
-    if weights == "untrained":
-        print("*" * 80, "NOTICE: untrained weights. VGG16 has random weights: every step runs, but its predictions",
-              "are meaningless, and no number below shows how good the network of the lecture is.", "*" * 80, sep="\n")
-    return weights if weights in ("imagenet", "untrained") else str(absolute_path(weights))
-
-
 def load_vgg16(weights):
     """Return torchvision's VGG16. weights: "imagenet", "untrained" (random, always the same) or a .pth file. Raises
     UserError if the file is missing, damaged, or belongs to a different network."""
@@ -79,7 +63,7 @@ def load_vgg16(weights):
 
 
 def load_state(module, path, advice):
-    """Return the module with the parameters from a state dict file. Raises UserError unless names and shapes fit."""
+    """Return the module with the parameters from a state dict file. Raises UserError unless names and shapes match."""
     state_dict = load(path, advice)
     with on_error(path, f"does not contain the layers of this {type(module).__name__}", advice):
         module.load_state_dict(state_dict, assign=True)
@@ -87,7 +71,7 @@ def load_state(module, path, advice):
 
 
 def freeze_and_replace_head(model):
-    """Freeze VGG16 and replace its last layer by a new one for 2 classes. Explained in 03_finetune_head.py."""
+    """Freeze VGG16 and replace its last layer with a new one for 2 classes. Explained in 03_finetune_head.py."""
     for param in model.parameters():
         param.requires_grad = False
     model.classifier[6] = nn.Linear(4096, 2)
@@ -95,50 +79,9 @@ def freeze_and_replace_head(model):
     return model
 
 
-def get_device(name="auto", bf16=False):
-    """Return the torch.device for cpu, cuda (an NVIDIA GPU), mps (the GPU of a Mac) or auto (a GPU if there is one).
-    Raises UserError if it does not work, or does not support bfloat16 if `bf16`."""
-    def can_compute(name):  # a GPU that is too old for this version of torch is found, but cannot compute
-        try:
-            return (torch.ones(1, device=name) + 1).item() == 2
-        except Exception:
-            return False
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        else:
-            name = "cpu"
-        if not can_compute(name):
-            print(f"NOTICE: a GPU ({name}) was found, but this version of torch cannot compute on it: using the CPU")
-            name = "cpu"
-    if not can_compute(name):
-        raise UserError(f"--device {name}: there is none that this version of torch can use: use --device cpu")
-    if bf16 and (name == "mps" or (name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))):
-        raise UserError(f"--bf16: {name} does not support bfloat16 here: leave it out, or add --device cpu")
-    if bf16 and name == "cpu" and not torch.cpu._is_avx512_bf16_supported():  # get_cpu_capability() cannot tell
-        print("NOTICE: --bf16: this CPU has no AVX-512 BF16. Unless it is an Arm CPU with bfloat16, expect the run to "
-              "be several times slower than without --bf16")
-    return torch.device(name)
-
-
-def to_device(model, device, bf16=False):
-    """Move VGG16 to the device. If `bf16`, all layers but the last compute in bfloat16 (16-bit numbers, faster on some
-    processors); inputs and outputs stay float32."""
-    if bf16:  # converted once: torch.autocast would convert the frozen weights again for every batch
-        for part in (model.features, model.classifier[:6]):
-            part.to(torch.bfloat16)
-            part[0].register_forward_pre_hook(lambda layer, inputs: inputs[0].bfloat16())
-            part[-1].register_forward_hook(lambda layer, inputs, outputs: outputs.float())
-    # channels_last stores the channels of a pixel side by side, which is faster; on MPS some layers get it wrong
-    return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
-
-
 # --------------------------------------------------------------------------------------------------- train and test
 def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.NLLLoss()):
-    """Train the parameters that the optimizer was given on `size` images, in batches (inputs, classes). For each epoch,
+    """Train on `size` images, in batches (inputs, classes). Only the optimizer's parameters change. For each epoch,
     print and return mean loss per image and accuracy, both measured during training, and the time in seconds."""
     model.train()  # switches dropout on: it sets a random half of a dense layer's outputs to 0, against overfitting
     device = next(model.parameters()).device
@@ -158,7 +101,8 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
             loss.backward()  # compute new ones: how the loss changes with each trainable parameter
             optimizer.step()  # change each parameter a little, so that the loss gets smaller
             preds = outputs.argmax(dim=1)  # the predicted class: the one with the highest probability
-            # Statistics stay on the device: .item() here would make the CPU wait for the GPU in every batch.
+            # Statistics. The loss is a mean over the batch; times its size, it adds up to a mean over all images. They
+            # stay on the device: .item() here would make the CPU wait for the GPU in every batch.
             running_loss += loss.detach() * len(classes)
             running_corrects += (preds == classes).sum()
         epoch_loss = running_loss.item() / size
@@ -167,6 +111,10 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
         print(f"epoch {epoch:2}/{epochs}  loss {epoch_loss:.4f}  accuracy {epoch_acc:.4f}  {seconds:.2f} s")
         history.append({"loss": epoch_loss, "accuracy": epoch_acc, "seconds": seconds})
     return history
+
+
+TINY = np.finfo(np.float64).tiny  # the smallest probability: that of 0 would make the loss infinite
+LOG_OF_TINY = np.log(TINY)  # -708.4
 
 
 @torch.inference_mode()  # no gradients: testing changes nothing
@@ -183,25 +131,21 @@ def test_model(model, dataloader, size, criterion=nn.NLLLoss()):
     running_corrects = 0
     for inputs, classes in progress(dataloader, len(dataloader), size):
         outputs = model(inputs.to(device)).cpu()  # (B, 2) log-probabilities
-        outputs = outputs.double().clamp(min=LOG_OF_TINY)
+        outputs = outputs.double().clamp(min=LOG_OF_TINY)  # float64
         preds = outputs.argmax(dim=1)
         running_loss += criterion(outputs, classes).item() * len(classes)
         running_corrects += (preds == classes).sum().item()
         predictions[i:i + len(classes)] = preds.numpy()
         all_classes[i:i + len(classes)] = classes.numpy()
-        all_proba[i:i + len(classes)] = outputs.exp().numpy()
+        all_proba[i:i + len(classes)] = outputs.exp().numpy()  # probabilities; the lecture keeps their logarithms
         i += len(classes)
     print(f"test on {size:,} images  loss {running_loss / size:.4f}  accuracy {running_corrects / size:.4f}")
     return predictions, all_proba, all_classes
 
 
-TINY = np.finfo(np.float64).tiny  # a probability of 0 would make the loss infinite
-LOG_OF_TINY = np.log(TINY)  # -708.4
-
-
 def log_loss(all_proba, all_classes):
     """Return the mean of -log(p), where p is the probability of an image's true class: NLLLoss, and Kaggle's score."""
-    p = all_proba[np.arange(len(all_classes)), all_classes]
+    p = np.where(np.asarray(all_classes) == 0, all_proba[:, 0], all_proba[:, 1])
     return float(-np.log(p.clip(TINY)).mean())
 
 
@@ -221,6 +165,65 @@ def save_results(args, step, model, record, history, results=()):
                   f"{step}_all_classes.npy": all_classes}
     save(args.output_dir, {**files, f"{step}_metrics.json": metrics})
     return metrics
+
+
+# ----------------------------------------------------------------------------------------------- weights and device
+def get_weights(weights, sample=False):
+    """Return the value of --weights to use, with a file's path made absolute. "imagenet": download the file if it is
+    missing. If that fails, a run on the sample continues with "untrained"; any other run ends with a UserError."""
+    if weights == "imagenet" and not IMAGENET_FILE.exists():
+        try:
+            download([IMAGENET.url], IMAGENET_FILE, IMAGENET_SIZE, ["sha256", "397923af"])
+        except UserError as error:
+            if not sample:
+                raise UserError(f"{error}, or use --weights FILE or --weights untrained") from error
+            print(error)
+            weights = "untrained"
+    if weights == "untrained":
+        print("*" * 80, "NOTICE: untrained weights. VGG16 is random: the scripts run, but their predictions are",
+              "meaningless, and no number below shows how good the network of the lecture is.", "*" * 80, sep="\n")
+    return weights if weights in ("imagenet", "untrained") else str(absolute_path(weights))
+
+
+def get_device(name="auto", bf16=False):
+    """Return the torch.device for cpu, cuda (an NVIDIA GPU), mps (the GPU of a Mac) or auto (a GPU if there is one).
+    Raises UserError if it cannot be used, or if `bf16` and it does not support bfloat16."""
+    def can_compute(name):  # a GPU that is too old for this version of torch is found, but cannot compute
+        try:
+            return (torch.ones(1, device=name) + 1).item() == 2
+        except Exception:
+            return False
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+        if not can_compute(name):
+            print(f"NOTICE: a GPU ({name}) was found, but this version of PyTorch cannot use it: using the CPU")
+            name = "cpu"
+    if not can_compute(name):
+        raise UserError(f"--device {name}: this version of PyTorch cannot use such a device here: use --device cpu")
+    if bf16 and (name == "mps" or (name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))):
+        raise UserError(f"--bf16: {name} does not support bfloat16 here: omit it, or add --device cpu")
+    if bf16 and name == "cpu" and not torch.cpu._is_avx512_bf16_supported():  # get_cpu_capability() cannot tell
+        print("NOTICE: --bf16: this CPU has no AVX-512 BF16. Unless it is an Arm CPU with bfloat16, expect the run to "
+              "be several times slower than without --bf16")
+    return torch.device(name)
+
+
+def to_device(model, device, bf16=False):
+    """Move VGG16 to the device. If `bf16`, all layers but the last compute in bfloat16 (16-bit numbers, faster on some
+    processors); inputs and outputs stay float32."""
+    if bf16:  # converted once: torch.autocast would convert the frozen weights again for every batch
+        for part in (model.features, model.classifier[:6]):
+            part.to(torch.bfloat16)
+            part[0].register_forward_pre_hook(lambda layer, inputs: inputs[0].bfloat16())
+            part[-1].register_forward_hook(lambda layer, inputs, outputs: outputs.float())
+    # channels_last stores the channels of a pixel side by side, which is faster; on MPS it makes some layers wrong
+    return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
 
 # --------------------------------------------------------------------------------------------------------- the data
@@ -245,10 +248,10 @@ def load_data(args, batch_size=64):
     if args.limit:
         limit_images(dsets, args.limit)
     for x in dsets:
-        dsets[x].fingerprint = fingerprint(dsets[x])  # now: the files may change while the scripts run
+        dsets[x].fingerprint = fingerprint(dsets[x])  # for make_record; now, as files may change later
     print(f"{len(dsets['train']):,} training images, {len(dsets['valid']):,} validation images; device: {device}")
     workers = args.num_workers
-    if workers is None:  # a GPU waits for images; a CPU that runs VGG16 needs 1 or 2 % of the time to load them itself
+    if workers is None:  # a GPU would wait for images; on a CPU, loading takes only 1 or 2 % of the time
         workers = 0 if device.type == "cpu" or args.sample else min(torch.get_num_threads(), 16)
     # pinned memory: can be copied to a CUDA GPU in the background
     options = {"num_workers": workers, "pin_memory": device.type == "cuda"}
@@ -267,13 +270,13 @@ def save_figure(path, show=False):
 
 
 def short_name(path):
-    """The file's name for a title: at most 30 characters, and only those that can be drawn."""
+    """Return the file's name for a title: at most 30 characters, all of which can be drawn."""
     name = Path(path).name.encode(errors="backslashreplace").decode()
     return name if len(name) <= 30 else f"{name[:14]}...{name[-13:]}"
 
 
 def four_of_each(dset):
-    """The indices of the first four images of each class."""
+    """Return the indices of the first four images of each class."""
     targets = np.array(dset.targets, dtype=np.int64)
     return [*np.where(targets == 0)[0][:4], *np.where(targets == 1)[0][:4]]
 
@@ -319,13 +322,13 @@ def show_photos(paths, answers, heading):
 
 
 def plot_training(metrics, title):
-    """Plot loss and accuracy per epoch, and those on the validation images at the end."""
+    """Plot training loss and accuracy for each epoch, and validation loss and accuracy after the last one."""
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 4), layout="constrained")
     figure.suptitle(title)
     epochs = range(1, len(metrics["train_loss"]) + 1)
     for ax, name in zip(axes, ["loss", "accuracy"], strict=True):
-        ax.plot(epochs, metrics[f"train_{name}"], "o-", markersize=4, label="train, during the epoch")
-        ax.plot(len(epochs), metrics[f"valid_{name}"], "s", markersize=10, fillstyle="none", label="valid, at the end")
+        ax.plot(epochs, metrics[f"train_{name}"], "o-", markersize=4, label="training, during the epoch")
+        ax.plot(len(epochs), metrics[f"valid_{name}"], "s", markersize=10, fillstyle="none", label="validation, at end")
         ax.set(xlabel="epoch", ylabel=f"{name} (mean per image)" if name == "loss" else name)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(loc="best" if name == "loss" else "lower right")

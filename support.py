@@ -1,5 +1,5 @@
-"""What keeps a run safe: errors in one line, options, progress, unreadable images, whole files, records, features on
-disk, downloads. None of this is part of the lecture: to follow that, read the scripts and common.py."""
+"""Code that is not part of the lecture: one-line errors, options, progress, images, safe writing of files, records,
+features on disk, downloads. To follow the lecture, read the scripts and common.py."""
 import argparse
 import contextlib
 import errno
@@ -30,7 +30,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 the scripts would fail later, afte
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image would take gigabytes of memory
-warnings.filterwarnings("ignore", "Palette images with Transparency|Glyph .* missing")  # nothing that harms
+warnings.filterwarnings("ignore", "Palette images with Transparency|Glyph .* missing")  # harmless
 warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch.load refuses the file anyway
 
 
@@ -120,14 +120,14 @@ def number(least, most, kind=int):
     def parse(text):
         value = kind(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least:,} to {most:,}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {least:,} and {most:,}")
         return value
     parse.__name__ = kind.__name__  # argparse prints it
     return parse
 
 
 def absolute_path(text):
-    """A type for argparse: a path from the current or the home folder (~), made absolute."""
+    """Return the absolute path of a text, relative to the current or the home folder (~). A type for argparse."""
     return Path(os.path.expanduser(text)).resolve()
 
 
@@ -136,12 +136,12 @@ def option_parser(doc, network=True):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = parser.add_argument_group("common options")
     size = common.add_mutually_exclusive_group().add_argument
-    size("--sample", action="store_true", help="use 24 images: DIR/sample if it exists, else the bundled drawings")
+    size("--sample", action="store_true", help="use 24 images: sample/ of the dataset, if any, or the bundled drawings")
     size("--limit", type=number(2, 1_000_000), metavar="N",
          help="use N training images and 200 validation images, half of each class (all if there are fewer)")
     add = common.add_argument
     add("--data-dir", type=absolute_path, metavar="DIR", default=HERE / "data" / "dogscats",
-        help="folder of train/ and valid/ (default: data/dogscats)")
+        help="folder that contains train/ and valid/ (default: data/dogscats)")
     add("--output-dir", type=absolute_path, metavar="DIR",
         help="folder for the results (default: outputs/full, outputs/sample or outputs/limit-N)")
     add("--seed", type=number(0, 2**63 - 1), default=0, metavar="N",
@@ -154,9 +154,10 @@ def option_parser(doc, network=True):
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
             help="cuda: NVIDIA GPU, mps: GPU of a Mac, auto: a GPU if there is one (default: auto)")
         add("--weights", default="imagenet", metavar="imagenet|untrained|FILE",
-            help="VGG16's weights: ImageNet's (528 MiB, downloaded once), random ones, or a .pth file (imagenet)")
-        add("--bf16", action="store_true", help="run the frozen layers in bfloat16, numbers of 16 instead of 32 bits: "
-            "faster on GPUs that support it and on CPUs with AVX-512 BF16 or AMX, slower on others, and less exact")
+            help="ImageNet's (528 MiB, downloaded once), random, or from a .pth file (default: imagenet; in 05 the weights "
+            "of the results)")
+        add("--bf16", action="store_true", help="run the frozen layers in bfloat16 (16 bits, less precise): faster on "
+            "GPUs that support it and on CPUs with AVX-512 BF16 or AMX, slower on others")
     return parser
 
 
@@ -257,16 +258,16 @@ def load_image(path, rotate=False):
 
 def check_folder(folder, classes):
     """Raise UserError unless the folder contains one folder of images per class and nothing else that ImageFolder would
-    take for a class or an image. Opens no image."""
+    mistake for a class or an image. Do not open the images."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run python 01_data.py first, or use --sample")
     counts = {place.name: sum(map(is_image_file, os.listdir(place))) for place in folder.iterdir() if place.is_dir()}
     if sorted(counts) != classes or 0 in counts.values():
         raise UserError(f"{folder}: must contain images in the folders {classes}, and no other folders, but contains "
-                        f"{counts}: rename or move away what is different")
+                        f"{counts}: rename or move what is different")
     for path in folder.glob("*/*"):
         if not path.is_file():  # ImageFolder enters folders, and would open a broken link in the middle of the training
-            raise UserError(f"{path}: a folder or a broken link among the images: move it away")
+            raise UserError(f"{path}: a folder or a broken link among the images: delete it or move it elsewhere")
 
 
 # ------------------------------------------------------------------------------------------------------ whole files
@@ -280,7 +281,7 @@ def replace(source, target):
 
 
 def temporary_folder(parent):
-    """Make a folder in `parent` for this run alone; remove those of killed runs, unchanged for an hour."""
+    """Create a folder in `parent` for this run only. Remove those of killed runs, unchanged for an hour."""
     for old in parent.glob(".part-*"):
         with contextlib.suppress(OSError):  # another run may be removing it too
             changed = max(place.stat().st_mtime for place in [old, *old.rglob("*")] if place.is_dir())
@@ -333,7 +334,7 @@ def save(folder, files):
 
 def load(path, advice):
     """Return a saved array, dict or state dict. Raises UserError if it is missing, damaged or could run code. A large
-    array stays in its file (memory-mapped); what is changed in it is changed in memory alone."""
+    array stays in its file (memory-mapped); changes to it stay in memory."""
     with on_error(path, "missing, damaged or unsafe", advice):
         if path.suffix == ".npy":
             # a small one is read whole: on Windows, a mapped file cannot be replaced by a later run
@@ -346,7 +347,7 @@ def load(path, advice):
 # ---------------------------------------------------------------------------------------------------------- records
 def fingerprint(dset):
     """Return the SHA-256 of the names (with "/") and sizes (bytes) of an ImageFolder's images. Raises UserError if some
-    are empty."""
+    files are empty."""
     files = [(Path(path).relative_to(dset.root).as_posix(), os.stat(path).st_size) for path, _ in dset.imgs]
     empty = [name for name, size in files if size == 0]
     if empty:
@@ -355,11 +356,14 @@ def fingerprint(dset):
     return hashlib.sha256(str(files).encode()).hexdigest()
 
 
+IMAGES = {"train": "training images", "valid": "validation images"}
+
+
 def make_record(dsets, model=None):
     """Return what a result is made from: the transform, the images (their fingerprints when they were found) and, with
     a model, the SHA-256 of all its layers but the last, and their precision. Later scripts compare records."""
     record = {"transform": str(dsets["valid"].transform)}
-    record |= {f"{x} images": dset.fingerprint for x, dset in dsets.items()}
+    record |= {IMAGES[x]: dset.fingerprint for x, dset in dsets.items()}
     if model is None:
         return record
     state_dict = model.state_dict()
@@ -400,12 +404,12 @@ class FeatureFile:
         digest = hashlib.sha256(str([shape, record]).encode()).hexdigest()[:16]
         self.part = path.with_suffix(f".{digest}.part")
         for other in set(path.parent.glob(f"{path.stem}.*.part")) - {self.part}:
-            print(f"{other.name} was begun with different images, layers, transform or precision: removed")
+            print(f"{other.name} was started with different images, layers, transform or precision: removed")
             with on_error(other, "cannot be removed"):
                 other.unlink()
         with on_error(self.part):
             self.part.touch()
-            # kept open until finish(), and never cut when it is opened: another run may be writing the same rows
+            # kept open until finish(), and never truncated on opening: another run may be writing the same rows
             self.file = open(self.part, "r+b")  # noqa: SIM115
             size = self.file.seek(0, os.SEEK_END)
             self.file.seek(0)
@@ -434,7 +438,7 @@ class FeatureFile:
             if not self.part.exists():
                 raise UserError(f"{self.part} has disappeared. Is another run writing here? Wait for it to finish, "
                                 "then run this script again")
-            # In this order, no features ever stand beside a record that is not theirs, wherever a run is stopped.
+            # This order ensures that features never lie beside a wrong record, even if the run is killed.
             with on_error(self.part):
                 self.file.truncate()
                 os.fsync(self.file.fileno())
@@ -450,13 +454,13 @@ class FeatureFile:
 
 # --------------------------------------------------------------------------------------------------------- download
 def digest_matches(path, algorithm, digest, n_bytes=None):
-    """Whether the hash of a file, or of its first n_bytes, begins with this hexadecimal digest."""
+    """Return whether the hash of a file, or of its first n_bytes, begins with this hexadecimal digest."""
     content = np.memmap(path, np.uint8, "r")[:n_bytes]
     return hashlib.new(algorithm, content, usedforsecurity=False).hexdigest().startswith(digest)
 
 
 def fetch(url, part, size):
-    """Download what the file `part` lacks of `size` bytes. Raises OSError or HTTPException if the connection fails."""
+    """Download the rest of the file `part`, up to `size` bytes. Raises OSError or HTTPException if that fails."""
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     try:
@@ -469,9 +473,9 @@ def fetch(url, part, size):
         if response.status != 206:  # the server sends the whole file
             done = 0
         if response.headers.get("Content-Length") != str(size - done):
-            raise OSError("the server did not send this file; does this network require a login?")
+            raise OSError("the server did not send this file; does this internet connection require a login?")
         part.touch()
-        with open(part, "r+b") as file:  # never cut when it is opened: another run may be writing the same bytes
+        with open(part, "r+b") as file:  # never truncated on opening: another run may be writing too
             file.seek(done)
             chunks = iter(lambda: response.read(MIB), b"")
             for chunk in progress(chunks, math.ceil((size - done) / MIB), (size - done) / 1e6, "MB"):
@@ -505,7 +509,7 @@ def download(urls, path, size, hashed, room=0):
                 raise OSError("the file was damaged (wrong checksum), and has been removed")
             replace(part, path)
             return
-        except Exception as error:  # the network in all its ways, or the disk
+        except Exception as error:  # any network or disk error
             if path.exists() and not part.exists():
                 return  # another run has finished the download
             failures.append(f"{url}: {str(error) or type(error).__name__}")

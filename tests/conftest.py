@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import textwrap
@@ -17,9 +16,10 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "tests" / "small_vgg"
 sys.path[:0] = [str(ROOT), str(SMALL)]
+TORCH_HOME = tempfile.TemporaryDirectory(prefix="torch")  # removed at the end
 # No test may reach the network: a request meets a closed port of this machine. Small networks need only one thread.
 os.environ.update(dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9"),
-                  no_proxy="127.0.0.1", PYTHONPATH=str(SMALL), TORCH_HOME=tempfile.mkdtemp(prefix="torch"),
+                  no_proxy="127.0.0.1", PYTHONPATH=str(SMALL), TORCH_HOME=TORCH_HOME.name,
                   MPLBACKEND="Agg", OMP_NUM_THREADS="1")
 
 import matplotlib.pyplot as plt
@@ -44,10 +44,6 @@ PHOTO = SAMPLE / "valid" / "dogs" / "dog.8.jpg"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs the real VGG16 (553 MB); leave out with -m 'not slow'")
-
-
-def pytest_unconfigure(config):
-    shutil.rmtree(os.environ["TORCH_HOME"])
 
 
 script = importlib.import_module  # a script as a module: its functions, without running its body
@@ -216,7 +212,7 @@ def options(dataset, out):
 @pytest.fixture(scope="session", autouse=True)
 def vgg_file():
     """The file of the small VGG16's weights, where the scripts look for ImageNet's."""
-    return save_weights(Path(os.environ["TORCH_HOME"]))
+    return save_weights(Path(TORCH_HOME.name))
 
 
 @pytest.fixture

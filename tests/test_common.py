@@ -235,7 +235,7 @@ def test_workers_by_default_only_for_a_gpu(dataset, monkeypatch, capsys, kind, t
     assert [(loader.num_workers, loader.pin_memory) for loader in loaders] == 2 * [(workers, kind == "cuda")]
     assert capsys.readouterr().out == f"2 training images, 4 validation images; device: {kind}\n"
     changed = support.differences(support.make_record(dsets_of(dataset)), support.make_record(dsets))
-    assert changed == "different train images"  # results of a subset never mix with those of all images
+    assert changed == "different training images"  # results of a subset never mix with those of all images
 
 
 def test_empty_and_truncated_photos_are_named(dataset):

@@ -128,7 +128,7 @@ def test_the_script_downloads_unpacks_and_checks_the_dataset_only_once(server, t
     (2_000_000, "close, no range", nothing, "the connection closed after", 2_000_000),
     (0, "404", nothing, "404", 0), (0, "not a URL", no_url, "nonsense", 0),
     (0, "login page", nothing, "the server did not send this file", 0),
-    (0, "login page without length", nothing, "does this network require a login?", 0),
+    (0, "login page without length", nothing, "does this internet connection require a login?", 0),
     (1_500_000, "login page", nothing, "the server did not send this file", 1_500_000),
     (0, "damaged", nothing, "wrong checksum), and has been removed", 0),
     (0, "full disk", full_disk(1_500_000), "", 1_500_000)])
@@ -196,15 +196,15 @@ OUTSIDE = [*((name, tarfile.REGTYPE) for name in ("dogscats/../../x", "/x", "dog
 
 @pytest.mark.parametrize("archive, wrong, says", [
     (b"my thesis" + ARCHIVE[9:], nothing, "size or checksum"), (ARCHIVE + b"?", nothing, "size or checksum"),
-    (ARCHIVE[:2_000_000] + bytes(900_000) + ARCHIVE[2_900_000:], nothing, "move it away"),
-    (ARCHIVE[:-8] + bytes(4) + ARCHIVE[-4:], nothing, "move it away"),  # gzip's own checksum
+    (ARCHIVE[:2_000_000] + bytes(900_000) + ARCHIVE[2_900_000:], nothing, "delete it and run this script again"),
+    (ARCHIVE[:-8] + bytes(4) + ARCHIVE[-4:], nothing, "delete it and run this script again"),  # gzip's own checksum
     (ARCHIVE, mock.patch.dict(COUNTS, test1=3), "'test1': 2"),
     (ARCHIVE, full_disk(200_000), "4,000,000 bytes of free space are needed"),
-    *[(make_archive(*last), nothing, f"contains {last[0]!r}, not a file of the dataset: delete it") for last in OUTSIDE]
+    *[(make_archive(*last), nothing, f"{last[0]!r} is not a file of the dataset: delete the archive") for last in OUTSIDE]
 ], ids=only_text)
 def test_a_damaged_or_dangerous_archive_leaves_no_half_dataset(server, tmp_path, monkeypatch, archive, wrong, says):
     """Half would train without an error; a file from an unknown mirror could replace any file of the student."""
-    monkeypatch.setattr(data, "SIZE", len(archive) if "delete it" in says else SIZE)
+    monkeypatch.setattr(data, "SIZE", len(archive) if "delete the archive" in says else SIZE)
     (tmp_path / "dogscats.tgz").write_bytes(archive)
     with wrong:
         assert fails(tmp_path, says) == ["dogscats.tgz"] and not (tmp_path.parent / "x").exists()
@@ -219,8 +219,8 @@ def test_a_dataset_that_cannot_be_moved_is_kept(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("inside, kaggle, wrong, says", [
-    (["thesis"], None, nothing, "train or valid is missing: move away what is there"),
-    (["thesis"], SAMPLE, nothing, "is not empty: leave out --from-kaggle"),
+    (["thesis"], None, nothing, "no folder train or valid: rename"),
+    (["thesis"], SAMPLE, nothing, "is not empty: omit --from-kaggle"),
     ([], None, mock.patch("os.path.ismount", return_value=True), "a mounted folder, which cannot be replaced: choose"),
     ([], None, mock.patch("shutil.disk_usage", return_value=mock.Mock(free=SIZE + 2_999_999)),
      f"{SIZE + 3_000_000:,} bytes are needed, but only {SIZE + 2_999_999:,} are free")])
@@ -282,7 +282,7 @@ def test_images_that_cannot_be_read_are_listed_before_hours_are_spent(dataset, o
     photo = (dataset / "valid" / "dogs" / "dog.0.jpg").read_bytes()
     for path in bad:
         path.write_bytes(photo[:5000])
-    with pytest.raises(support.UserError, match=r"22 of 32 images cannot be read \(the first 20 .* 2 more are not"):
+    with pytest.raises(support.UserError, match=r"22 of 32 images cannot be read \(only the first 20 are listed"):
         run_here("01_data.py", *options)
     out, err = capsys.readouterr()
     assert [line.partition(": cannot be read as an image")[0] for line in err.splitlines()] == [*map(str, bad[:20])]

@@ -25,7 +25,7 @@ import support
 
 posix = pytest.mark.skipif(sys.modules.get("resource", os.name) in (None, "nt"), reason="Windows has no such signals")
 ROWS = np.random.default_rng(0).normal(size=(60, 4, 7, 7)).astype(np.float32)
-RECORD = {"transform": "t", "train images": "i", "frozen layers": "f", "precision": "p", "network": "n"}
+RECORD = {"transform": "t", "training images": "i", "frozen layers": "f", "precision": "p", "network": "n"}
 OTHER_LAYERS = {**RECORD, "frozen layers": "others"}
 PROBA_DOG = [0.1, 0.2, 0.7, 0.4]  # for the four validation images of the fixture `dataset`
 
@@ -110,7 +110,7 @@ def test_two_runs_of_04_at_once(path, capsys, record):
     assert first.part.stat().st_size == 128 + 44 * 784  # each batch is in the file at once, as a kill may come
     begin(path, record=record, stop=0).file.close()
     assert os.fstat(first.file.fileno()).st_size == 128 + 44 * 784
-    assert (".part was begun with different images" in capsys.readouterr().out) == (record == OTHER_LAYERS)
+    assert (".part was started with different images" in capsys.readouterr().out) == (record == OTHER_LAYERS)
     keep(path, record=record)
     first.append(ROWS[44:])
     with first.file:
@@ -135,15 +135,15 @@ def test_05_needs_results_that_fit(dataset, options, out, figures, capsys):
     assert re.search("04_all_proba.npy: missing.*: run python 04", message("05_analysis.py", *options))
     support.save(out, {"04_metrics.json": {"made_from": record}})
     assert "script was stopped before its test: run python 04" in message("05_analysis.py", *options)
-    changed = {**record, "transform": "another", "valid images": "others"}
+    changed = {**record, "transform": "another", "validation images": "others"}
     for step in ("03", "04"):
         fake_results(out, dataset, PROBA_DOG, step=step, made_from=changed)
         text = message("05_analysis.py", *options, "--step", step)
-        assert f"made with a different transform and different valid images: run python {step}" in text
-    record["train images"] = "others"  # predictions do not depend on them, but a head does
+        assert f"made with a different transform and different validation images: run python {step}" in text
+    record["training images"] = "others"  # predictions do not depend on them, but a head does
     fake_results(out, dataset, PROBA_DOG, made_from=record)
     text = message("05_analysis.py", *options, "--weights", "untrained")
-    assert "--weights untrained: script 04 used imagenet: leave out --weights" in text and not list(out.glob("05_*"))
+    assert "--weights untrained: script 04 used imagenet: omit --weights" in text and not list(out.glob("05_*"))
     for layers, shown in [(record["frozen layers"], 1), ("others", 0)]:
         capsys.readouterr()
         made_from = {**record, "frozen layers": layers}
@@ -151,7 +151,8 @@ def test_05_needs_results_that_fit(dataset, options, out, figures, capsys):
         analyse(dataset, out, "--weights", "imagenet")
         assert capsys.readouterr().out.count("zero-shot accuracy      0.8125") == shown
     text = message("05_analysis.py", *options, "--image", PHOTO)
-    assert "04_head.pt was trained with different train images and different frozen layers (--weights imagenet" in text
+    changed = "different training images and different frozen layers"
+    assert f"04_head.pt was trained with {changed} (--weights imagenet" in text
 
 
 def test_04_continues_from_03_until_the_transform_is_changed(tmp_path, out, figures, monkeypatch, capsys):
@@ -161,12 +162,12 @@ def test_04_continues_from_03_until_the_transform_is_changed(tmp_path, out, figu
     names = run_here("04_precompute.py", *options, "--epochs", 1, "--lr", 0)
     printed, head_03 = capsys.readouterr().out, support.load(out / "03_head.pt", "")["weight"]
     assert torch.equal(names["model_vgg"].classifier[6].weight, head_03)
-    assert "the last layer continues from 03_head.pt, which was trained on the same images" in printed
+    assert "the last layer continues from 03_head.pt, trained on the same images" in printed
     assert "\ncomputing the features of the training images, once: " in printed
     record, features = json_of(out / "03_metrics.json")["made_from"], json_of(out / "conv_feat_valid.json")
-    assert list(record) == ["transform", "train images", "valid images", "frozen layers", "precision"]
+    assert list(record) == ["transform", "training images", "validation images", "frozen layers", "precision"]
     assert record == json_of(out / "04_metrics.json")["made_from"]
-    assert {**features, "train images": record["train images"]} == {
+    assert {**features, "training images": record["training images"]} == {
         **record, "network": str(names["frozen"]), "images_per_second": None}  # it was one batch
     resize = transforms.Compose([transforms.Resize(256), *common.imagenet_format.transforms])
     monkeypatch.setattr(common, "imagenet_format", resize)
@@ -199,7 +200,7 @@ def test_an_image_is_deleted_during_the_training(dataset, options, out, figures,
     text = message("03_finetune_head.py", *options, "--epochs", 1)
     assert f"{image}: cannot be read as an image (No such file" in text and (out / "03_head.pt").exists()
     metrics = json_of(out / "03_metrics.json")
-    assert len(metrics["train_loss"]) == 1 and metrics["made_from"]["valid images"] == record["valid images"]
+    assert len(metrics["train_loss"]) == 1 and metrics["made_from"]["validation images"] == record["validation images"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS[1:])

@@ -48,16 +48,16 @@ def test_a_bug_keeps_its_traceback_and_an_old_python_is_named(monkeypatch, capsy
         runpy.run_path(str(ROOT / "support.py"))
 
 
-COMMON = {"--seed": "0 to 9,223,372,036,854,775,807", "--num-workers": "0 to 256", "--limit": "2 to 1,000,000"}
-TRAINING = COMMON | {"--epochs": "1 to 1,000,000", "--batch-size": "1 to 1,000,000", "--lr": "0 to 1,000"}
+COMMON = {"--seed": "0 and 9,223,372,036,854,775,807", "--num-workers": "0 and 256", "--limit": "2 and 1,000,000"}
+TRAINING = COMMON | {"--epochs": "1 and 1,000,000", "--batch-size": "1 and 1,000,000", "--lr": "0 and 1,000"}
 
 
 @pytest.mark.parametrize("name, ranges", [
     ("01_data.py", COMMON), ("02_vgg_imagenet.py", COMMON), ("03_finetune_head.py", TRAINING),
-    ("04_precompute.py", TRAINING), ("05_analysis.py", COMMON | {"--n-view": "1 to 100"})])
+    ("04_precompute.py", TRAINING), ("05_analysis.py", COMMON | {"--n-view": "1 and 100"})])
 def test_numbers_out_of_range_and_contradictions_are_wrong_options(capsys, name, ranges):
     """Better no run than one that divides by 0 or waits for 10,000 processes."""
-    wrong = {(f"{option}={x}",): f"argument {option}: {x} is not from {limits}\n"
+    wrong = {(f"{option}={x}",): f"argument {option}: {x} is not between {limits}\n"
              for option, limits in ranges.items() for x in (-1, 10**19)}
     wrong |= {("--seed=x",): "invalid int value: 'x'", ("--sample", "--limit=10"): "not allowed with argument"}
     for options, problem in wrong.items():
@@ -251,8 +251,8 @@ def test_a_record_depends_on_names_and_sizes_of_images_and_the_transform(dataset
     """Images that are copied, or unpacked again, are the same images; any other change must be noticed."""
     before = support.make_record(dsets_of(dataset))
     files = [(f"{path.parent.name}/{path.name}", path.stat().st_size) for path in sorted(dataset.glob("train/*/*"))]
-    assert before["train images"] == hashlib.sha256(str(files).encode()).hexdigest()  # the same on Windows
+    assert before["training images"] == hashlib.sha256(str(files).encode()).hexdigest()  # the same on Windows
     moved = dataset.rename(tmp_path / "moved")
     (moved / "valid" / "dogs" / "dog.1.jpg").rename(moved / "valid" / "dogs" / "dog.2.jpg")
     now = support.make_record(dsets_of(moved, transforms.ToTensor()))
-    assert support.differences(before, now) == "a different transform and different valid images"
+    assert support.differences(before, now) == "a different transform and different validation images"

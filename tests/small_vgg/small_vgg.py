@@ -1,4 +1,4 @@
-"""A small VGG16 of the same form, for the tests: torchvision's own class with fewer channels and slimmer dense layers.
+"""A small VGG16 of the same form, for the tests: torchvision's class with fewer channels and smaller dense layers.
 
 Importing it is enough; sitecustomize.py does so in scripts that run as processes of their own. Features stay (512, 7, 7)
 and the last layer Linear(4096, 1000), so that every result has its shape; the file of 553 MB becomes one of 25 MB.
