@@ -154,7 +154,7 @@ def option_parser(doc, network=True):
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
             help="cuda: NVIDIA GPU, mps: GPU of a Mac, auto: a GPU if there is one (default: auto)")
         add("--weights", default="imagenet", metavar="imagenet|untrained|FILE",
-            help="ImageNet's (528 MiB, downloaded once), random, or from a .pth file (default: imagenet; in 05 the weights "
+            help="ImageNet's (528 MiB, downloaded once), random, or from a .pth file (default: imagenet; in 05, those "
             "of the results)")
         add("--bf16", action="store_true", help="run the frozen layers in bfloat16 (16 bits, less precise): faster on "
             "GPUs that support it and on CPUs with AVX-512 BF16 or AMX, slower on others")

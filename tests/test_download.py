@@ -200,7 +200,8 @@ OUTSIDE = [*((name, tarfile.REGTYPE) for name in ("dogscats/../../x", "/x", "dog
     (ARCHIVE[:-8] + bytes(4) + ARCHIVE[-4:], nothing, "delete it and run this script again"),  # gzip's own checksum
     (ARCHIVE, mock.patch.dict(COUNTS, test1=3), "'test1': 2"),
     (ARCHIVE, full_disk(200_000), "4,000,000 bytes of free space are needed"),
-    *[(make_archive(*last), nothing, f"{last[0]!r} is not a file of the dataset: delete the archive") for last in OUTSIDE]
+    *[(make_archive(*last), nothing, f"{last[0]!r} is not a file of the dataset: delete the archive")
+      for last in OUTSIDE]
 ], ids=only_text)
 def test_a_damaged_or_dangerous_archive_leaves_no_half_dataset(server, tmp_path, monkeypatch, archive, wrong, says):
     """Half would train without an error; a file from an unknown mirror could replace any file of the student."""

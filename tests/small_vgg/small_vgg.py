@@ -1,7 +1,8 @@
 """A small VGG16 of the same form, for the tests: torchvision's class with fewer channels and smaller dense layers.
 
-Importing it is enough; sitecustomize.py does so in scripts that run as processes of their own. Features stay (512, 7, 7)
-and the last layer Linear(4096, 1000), so that every result has its shape; the file of 553 MB becomes one of 25 MB.
+Importing it is enough; sitecustomize.py does so in scripts that run as separate processes. Features stay
+(512, 7, 7) and the last layer Linear(4096, 1000), so that every result has its shape; the file of 553 MB becomes one
+of 25 MB.
 """
 import contextlib
 
@@ -17,7 +18,8 @@ def small_init(self, features, num_classes=1000, **_):
     self.features = features
     self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
     self.classifier = nn.Sequential(
-        nn.Linear(25088, 64), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(64, 4096), nn.ReLU(inplace=True), nn.Dropout(),
+        nn.Linear(25088, 64), nn.ReLU(inplace=True), nn.Dropout(),
+        nn.Linear(64, 4096), nn.ReLU(inplace=True), nn.Dropout(),
         nn.Linear(4096, num_classes))
     for layer in self.features:
         if isinstance(layer, nn.Conv2d):  # as torchvision does, so that what comes out is neither 0 nor huge
