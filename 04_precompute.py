@@ -81,7 +81,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
     # The lecture calls conv_feat_train, labels_train = preconvfeat(loader_train): this keeps all features in memory, in
     # shuffled order, and loses them at the end. Here the function is called for one batch at a time (a list of one
-    # batch works like a dataloader), in fixed order, so that row i belongs to image i, and appended to a file.
+    # batch works like a dataloader), in fixed order, so that row i belongs to image i; a file keeps its results.
     batch_size = 8 if device.type == "cpu" else 64  # on a CPU, larger batches are slower and need more memory
     conv_feat = {}
     for x in ["train", "valid"]:
@@ -106,8 +106,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 # %% Creating a new data generator
     banner("Creating a new data generator")
     # No images are loaded from here on. Don't worry if these lines are unclear: they only serve the saved features in
-    # batches.
-    # flatten: from (N, 512, 7, 7) to (N, 25088)
+    # batches, flattened from (N, 512, 7, 7) to (N, 25088).
     datasetfeat_train = TensorDataset(torch.from_numpy(conv_feat_train).flatten(1), torch.from_numpy(labels_train))
     loaderfeat_train = DataLoader(datasetfeat_train, batch_size=args.batch_size, shuffle=True)
     datasetfeat_valid = TensorDataset(torch.from_numpy(conv_feat_valid).flatten(1), torch.from_numpy(labels_valid))
@@ -118,7 +117,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     metrics_03 = load(path_03, "run python 03_finetune_head.py again") if path_03.exists() else None
     if metrics_03 is None:
         print("the last layer starts from random weights: no results of 03_finetune_head.py were found")
-    elif changed := differences(metrics_03["made_from"], record):
+    elif changed := differences(metrics_03.get("made_from", {}), record):
         print(f"the last layer starts from random weights: 03_head.pt was trained with {changed}")
         metrics_03 = None
     else:

@@ -1,13 +1,10 @@
 """The five scripts as a student runs them: files, numbers, figures, options, and the prompt afterwards."""
 import itertools
-import os
 import re
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -242,6 +239,7 @@ def test_weights_precision_and_device_of_the_options_are_used(out, figures, monk
         assert re.search(rf"\nDone{note}\. Next.*\n$", printed) and not plt.get_fignums()  # figures are closed
         assert ("NOTICE: untrained weights" in printed) == bool(note)
     assert "zero-shot accuracy" in printed and re.search(f"\nsummary of script 04{note}\n", printed)
+    assert json_of(out / "03_metrics.json")["made_from"] == json_of(out / "04_metrics.json")["made_from"]
     assert asked == [("mps", bool(bf16))] * 3 + [("mps", False), ("mps", bool(bf16))]
     assert all(np.allclose(np.load(f"{name}.npy"), expected[name], atol=2e-3) for name in expected)
     assert len(figures) == len(FIGURES) - 2  # those of 01
@@ -249,10 +247,10 @@ def test_weights_precision_and_device_of_the_options_are_used(out, figures, monk
         assert any("untrained weights" in text.get_text() for text in figure.findobj(plt.Text)) == bool(note), name
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
 def test_the_prompt_is_kept_after_ctrl_c(tmp_path):
     """A student at python -i stops a long training and continues by hand; typing errors there look as usual."""
-    script_03 = arguments("03_finetune_head.py", ["--sample", "--output-dir", tmp_path, "--epochs", 1_000_000])
+    script_03 = arguments("03_finetune_head.py", ["--sample", "--output-dir", tmp_path, "--epochs", 3000])
     typed = "print('there:', len(dsets['train']), model_vgg.classifier[6].out_features)\n1 / 0\nopen('no file')\n"
     with subprocess.Popen([sys.executable, "-i", *script_03], stdin=-1, stdout=-1, stderr=-1, text=True,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
@@ -357,11 +355,11 @@ def test_views_confusion_histogram_and_summary_with_a_known_answer(tmp_path, fig
 
 
 @pytest.mark.slow
-def test_03_with_the_real_vgg16_gives_the_numbers_of_the_lecture(tmp_path, figures, monkeypatch, capsys):
+def test_03_with_the_real_vgg16_gives_the_numbers_of_the_lecture(vgg_file, tmp_path, figures, monkeypatch, capsys):
     """All other tests use a small VGG16, and its small file."""
     dataset = make_dataset(tmp_path, train=1, valid=1)
-    with tempfile.TemporaryDirectory() as home, small_vgg.real():
-        monkeypatch.setattr(common, "IMAGENET_FILE", save_weights(Path(home)))
+    with small_vgg.real():
+        monkeypatch.setattr(common, "IMAGENET_FILE", save_weights(vgg_file.parent))  # removed with it
         run_here("03_finetune_head.py", "--data-dir", dataset, "--output-dir", tmp_path, "--epochs", 1)
     printed = capsys.readouterr().out
     assert "frozen: 134,260,544\n" in printed and " 8,194 " in printed and "4096            102,764,544\n" in printed
