@@ -145,8 +145,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     args.weights = args.weights or metrics["weights"]
     args.bf16 = args.bf16 or metrics["made_from"]["precision"] == "bfloat16"
     print_options(args)
-    note = "" if metrics["pretrained"] else ", untrained weights"
-    of_script = f"script {step}{note}"
+    note = "" if metrics["pretrained"] else " (untrained weights)"
+    of_script = f"script {step}" if metrics["pretrained"] else f"script {step}, untrained weights"
 
 # %% Viewing model prediction (qualitative analysis)
     banner("Viewing model prediction (qualitative analysis)", 3819, args.pause)

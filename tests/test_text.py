@@ -97,3 +97,9 @@ def test_sizes_and_counts_agree(monkeypatch):
 def test_words_are_plain(name):
     """Students read the scripts in a second language, beside a video."""
     assert not re.search(BANNED, TEXTS[name])
+
+
+def test_imports_go_from_the_scripts_to_common_to_support():
+    """Whoever reads the lesson can stop at common.py: nothing that is needed there stands elsewhere."""
+    assert not re.search(r"^(from|import) (common|0)", TEXTS["support.py"], re.MULTILINE)
+    assert re.findall(r"^from (common|support|0\w+) import", TEXTS["common.py"], re.MULTILINE) == ["support"]
