@@ -84,7 +84,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     inputs_try, labels_try = inputs_try.to(device), labels_try.to(device)
     model_vgg = to_device(model_vgg, device, args.bf16)  # the lecture's model_vgg.to(device), and --bf16
 
-    # Switch off dropout (the lecture forgets this), which sets random outputs of dense layers to 0 during training.
+    # The lecture forgets this: switch off dropout, which sets random outputs of dense layers to 0 during training.
     model_vgg.eval()
     with torch.inference_mode():  # no gradients are needed to predict
         outputs_try = model_vgg(inputs_try)

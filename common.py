@@ -101,8 +101,8 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
             loss.backward()  # compute new ones: how the loss changes with each trainable parameter
             optimizer.step()  # change each parameter a little, so that the loss gets smaller
             preds = outputs.argmax(dim=1)  # the predicted class: the one with the highest probability
-            # Statistics. The loss is a mean over the batch; times its size, it adds up to a mean over all images. They
-            # stay on the device: .item() here would make the CPU wait for the GPU in every batch.
+            # Statistics. The loss is a mean over the batch: multiply by its size, and below divide by that of the
+            # dataset. They stay on the device: .item() here would make the CPU wait for the GPU in every batch.
             running_loss += loss.detach() * len(classes)
             running_corrects += (preds == classes).sum()
         epoch_loss = running_loss.item() / size
