@@ -34,22 +34,22 @@ import common
 import support
 
 ROUNDS = 3
-N_IMAGES = 64  # a batch of the lecture
 N_FEATURES = 1024
 DEVICE = common.get_device("auto")
+N_IMAGES = 64 if DEVICE.type == "cpu" else 2048  # a batch of the lecture; a GPU needs more, to be kept busy
 # Elsewhere --bf16 is several times slower, and these rows would take an hour.
 BF16 = ["bf16"] if DEVICE.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else []
 
 
 def make_images(folder, n):
-    """n photo-sized JPEGs for train, 2 for valid: smooth random shapes under noise. After N_IMAGES come links."""
+    """n photo-sized JPEGs for train, 2 for valid: smooth random shapes under noise. After the first 64 come links."""
     rng = np.random.default_rng(0)
     for part, count in (("train", n), ("valid", 2)):
         for i in range(count):
             path = folder / part / common.CLASSES[i % 2] / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            if i >= N_IMAGES:
-                os.link(path.with_name(f"{i % N_IMAGES}.jpg"), path)
+            if i >= 64:
+                os.link(path.with_name(f"{i % 64}.jpg"), path)
                 continue
             small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
             pixels = np.asarray(small.resize((500, 375))) + rng.normal(0, 6, (375, 500, 3))

@@ -178,7 +178,7 @@ def test_results_of_the_test_are_in_order_and_its_loss_is_finite(capsys):
     """A large learning rate can make a probability 0: what is printed and what 05 computes must agree."""
     model, tiny = small_model().append(nn.Identity()), np.finfo(np.float64).tiny
     model[0].weight.data *= 1000
-    proba = model(INPUTS).detach().double().exp().numpy()
+    proba = torch.cat([model(inputs) for inputs, _ in BATCHES]).detach().double().exp().numpy()
     true = proba[range(37), LABELS]  # probabilities of the true classes
     model[2].forward = on_gpu
     preds, all_proba, all_classes = common.test_model(model, BATCHES, size=37)
