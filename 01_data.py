@@ -11,15 +11,12 @@ Writes the dataset to data/dogscats (or --data-dir), and to the output folder in
 01_valid_batch.png and 01_train_batch.png. To download from a mirror, set DOGSCATS_URL in the environment.
 """
 # %% Options. Some imports are not used below: they are needed for commands typed in the video.
-import contextlib
 import gzip
-import hashlib
 import os
 import shutil
 import sys
 import tarfile
 import zlib
-from multiprocessing.pool import ThreadPool
 from pathlib import PureWindowsPath
 
 import matplotlib.pyplot as plt
@@ -31,10 +28,11 @@ from torchvision import datasets, models, transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from common import CLASSES, MEAN, STD, imshow, limit_images, save_figure
-from support import (MIB, UserError, absolute_path, banner, check_folder, digest_matches, download, load_image,
-                     option_parser, print_options, progress, remedy, replace, save, start_run, temporary_folder)
+from support import (MIB, UserError, absolute_path, banner, check_folder, check_images, digest_matches, download,
+                     load_image, numbered_images, option_parser, print_options, progress, remedy, replace, save,
+                     start_run, temporary_folder)
 
-# region Downloading, unpacking and checking the files. Not part of the lecture, which begins below: fold this region.
+# region Downloading and unpacking the files. Not part of the lecture, which begins below: fold this region.
 URLS = ["https://s3.amazonaws.com/fast-ai-sample/dogscats.tgz",
         "http://files.fast.ai/data/examples/dogscats.tgz"]  # the lecture's link, to the same file
 SIZE = 839_285_364  # bytes of the archive
@@ -45,8 +43,7 @@ COUNTS = {"train/cats": 11_500, "train/dogs": 11_500, "valid/cats": 1_000, "vali
 
 
 def unpack(archive, folder):
-    """Check the archive and unpack it into the folder. Raises UserError if it is damaged, or contains anything but
-    regular files and folders with relative names."""
+    """Check the archive and unpack it to the folder. Raises UserError if it is damaged or has links or unsafe names."""
     try:
         if archive.stat().st_size != SIZE or not digest_matches(archive, *HASH):
             raise EOFError("wrong size or checksum")
@@ -55,8 +52,7 @@ def unpack(archive, folder):
             n_files = sum(COUNTS.values())
             for member in progress(tar, n_files, n_files, "files"):
                 path = PureWindowsPath(member.name)  # understands both "/" and "\"
-                regular = member.isfile() or member.isdir()  # not a link, device or pipe
-                if not regular or path.anchor or ".." in path.parts or ":" in member.name:
+                if not (member.isfile() or member.isdir()) or path.anchor or ".." in path.parts or ":" in member.name:
                     raise UserError(f"{archive}: {member.name!r} is not a file of the dataset: delete the archive")
                 member.name = "/".join(path.parts[1:])  # without the leading dogscats/
                 tar.extract(member, folder)
@@ -72,16 +68,10 @@ def unpack(archive, folder):
 def from_kaggle(source, folder):
     """Fill the folder with copies of Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., or of Microsoft's
     PetImages/Cat/0.jpg ...; the last 8 % of each class are for validation. Raises UserError if `source` has neither."""
-    def number(path):
-        return path.stem.rpartition(".")[2]  # "9" of cat.9.jpg and of 9.jpg
-
-    def numbered(pattern):
-        images = [path for path in source.glob(pattern) if is_image_file(path.name) and number(path).isdecimal()]
-        return sorted(images, key=lambda path: int(number(path)))
-
-    places = {"test1": numbered("test1/*") or numbered("test/*")}  # folder of the lecture: files
+    places = {"test1": numbered_images(source / "test1") or numbered_images(source / "test")}
     for name, kaggle, microsoft in [("cats", "cat", "Cat"), ("dogs", "dog", "Dog")]:
-        images = numbered(f"train/{kaggle}.*") or numbered(f"PetImages/{microsoft}/*") or numbered(f"{microsoft}/*")
+        images = (numbered_images(source / "train", f"{kaggle}.") or numbered_images(source / "PetImages" / microsoft)
+                  or numbered_images(source / microsoft))
         if len(images) < 2:
             raise UserError(f"{source}: must contain two or more images such as train/{kaggle}.0.jpg (Kaggle) or "
                             f"PetImages/{microsoft}/0.jpg (Microsoft), but contains {len(images)}")
@@ -120,12 +110,11 @@ def get_dataset(data_dir, kaggle):
             from_kaggle(kaggle, folder)
         else:
             unpack(archive, folder)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{error.filename or data_dir}: {error.strerror}: {remedy(error)}. About {UNPACKED:,} bytes of "
-                        "free space are needed") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{error.filename or data_dir}: {error.strerror}: {remedy(error)}. About {UNPACKED:,} "
+                            "bytes of free space are needed") from error
         raise
     try:
         if data_dir.exists():  # empty: fill it, as it may be the current folder
@@ -139,36 +128,6 @@ def get_dataset(data_dir, kaggle):
                             f"({error.strerror}): close the programs that use it, and move it yourself") from error
     shutil.rmtree(temporary, ignore_errors=True)
     print(f"created {data_dir}" + ("" if kaggle else f"; {archive} is no longer needed and can be deleted"))
-
-
-def check_images(data_dir, remember):
-    """Open every image once, and print those that cannot be read; raises UserError if there are any. If `remember`, a
-    file in data_dir records that this was done; it is valid until the name or size of an image changes."""
-    images = [path for pattern in ["train/*/*", "valid/*/*", "test1/*"] for path in sorted(data_dir.glob(pattern))
-              if is_image_file(path.name)]
-    files = str([(path.relative_to(data_dir).as_posix(), path.stat().st_size) for path in images])
-    digest = hashlib.sha256(files.encode()).hexdigest()
-    checked = data_dir / ".images-checked"
-    if checked.exists() and checked.read_bytes() == digest.encode():
-        return
-
-    def problem(path):
-        try:
-            load_image(path)
-        except UserError as error:
-            return str(error)
-
-    print(f"checking that all {len(images):,} images can be read" + (" (once)" if remember else ""))
-    with ThreadPool() as pool:
-        problems = [text for text in progress(pool.imap(problem, images), len(images), len(images)) if text]
-    if problems:
-        print(*problems[:20], sep="\n", file=sys.stderr)
-        more = " (only the first 20 are listed)" if len(problems) > 20 else ""
-        raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read{more}: replace or "
-                        "delete them, then run python 01_data.py again (omit --from-kaggle)")
-    if remember:
-        with contextlib.suppress(OSError):  # a dataset on a read-only disk is checked every time
-            checked.write_bytes(digest.encode())
 # endregion
 
 

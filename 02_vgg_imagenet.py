@@ -42,10 +42,9 @@ def zero_shot(args, model, device, dsets, loader_valid, note):
     print(f"accuracy {accuracy:.4f} on {len(all_classes):,} validation images{note}")
     confusion = []
     for label, name in enumerate(dsets["valid"].classes):
-        of_class = predictions[all_classes == label]
-        as_cats, as_dogs = int(np.sum(of_class == 0)), int(np.sum(of_class == 1))
-        print(f"of {len(of_class):,} {name}: {as_cats:,} predicted as cats, {as_dogs:,} as dogs")
-        confusion.append([as_cats, as_dogs])
+        counts = np.bincount(predictions[all_classes == label], minlength=2).tolist()  # predicted as cats, as dogs
+        print(f"of {sum(counts):,} {name}: {counts[0]:,} predicted as cats, {counts[1]:,} as dogs")
+        confusion.append(counts)
     print(f"probability assigned to neither cats nor dogs: {neither:.4f} on average")
 
     # Worst mistakes first: the largest lead of the wrong animal's probability over the right one's.
@@ -119,17 +118,13 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     if args.zero_shot:
         zero_shot(args, model_vgg, device, dsets, loader_valid, note)
     if args.image:
-        print("\nBeyond the lecture: your own photos, resized and cropped as in torchvision's evaluation of VGG16")
         answers = []
         for path in args.image:
             photo = load_image(path, rotate=True)
-            inputs = IMAGENET.transforms()(photo)[None]  # a batch of one: (1, 3, 224, 224)
+            inputs = IMAGENET.transforms()(photo)[None]  # resized and cropped; a batch of one: (1, 3, 224, 224)
             with torch.inference_mode():
                 vals, preds = m_softm(model_vgg(inputs.to(device)))[0].topk(5)
             answers.append({dic_imagenet[preds[i]]: vals[i].item() for i in range(5)})
-            print(f"  {path}:")
-            for name, p in answers[-1].items():
-                print(f"    {name} {p:.3f}")
         show_photos(args.image, answers, f"What VGG16 sees{note}")
         save_figure(args.output_dir / "02_images.png", args.show)
     print(f"\nDone{note}. Next, with the same options (--sample, --limit, ...): python 03_finetune_head.py")

@@ -17,12 +17,11 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, models, transforms
-from torchvision.datasets.folder import is_image_file
 
-from common import (CLASSES, IMAGENET, freeze_and_replace_head, get_device, get_weights, imshow, load_data, load_state,
-                    load_vgg16, log_loss, save_figure, show_photos, show_predictions, to_device)
-from support import (IMAGES, UserError, banner, differences, load, load_image, make_record, number, option_parser,
-                     print_options, progress, save, start_run)
+from common import (CLASSES, IMAGENET, freeze_and_replace_head, get_device, get_weights, imagenet_format, imshow,
+                    load_data, load_state, load_vgg16, log_loss, save_figure, show_photos, show_predictions, to_device)
+from support import (IMAGES, UserError, banner, differences, load, load_image, make_record, number, numbered_images,
+                     option_parser, print_options, progress, save, start_run)
 
 CLIP = 0.005, 0.995  # bounds of the probabilities that are sent to Kaggle
 
@@ -59,9 +58,7 @@ def plot_confusion(confusion, title):
                      color="white" if count > confusion.max() / 2 else "black")
     plt.xticks([0, 1], CLASSES)
     plt.yticks([0, 1], CLASSES)
-    plt.xlabel("predicted class")
-    plt.ylabel("true class")
-    plt.title(title)
+    plt.gca().set(xlabel="predicted class", ylabel="true class", title=title)
 
 
 def plot_histogram(all_proba, all_classes, title):
@@ -72,9 +69,7 @@ def plot_histogram(all_proba, all_classes, title):
     plt.axvline(0.5, color="grey", linestyle="--")
     plt.yscale("symlog")
     plt.gca().yaxis.set_major_formatter("{x:.0f}")
-    plt.xlabel("predicted probability of dog")
-    plt.ylabel("validation images (log scale)")
-    plt.title(title)
+    plt.gca().set(xlabel="predicted probability of dog", ylabel="validation images (log scale)", title=title)
     plt.legend(title="true class", loc="upper center")
 
 
@@ -93,24 +88,19 @@ def load_trained(args, step, metrics, dsets):
 
 
 class TestImages(Dataset):
-    """Dataset of the unlabeled images of test1, which ImageFolder cannot load. Item i: (3, 224, 224)."""
+    """The unlabeled images of test1, which ImageFolder cannot load, in numeric order. Item i: (3, 224, 224). Raises
+    UserError if there are none."""
 
-    def __init__(self, paths, transform):
-        self.paths, self.transform = paths, transform
+    def __init__(self, folder):
+        self.paths = numbered_images(folder)
+        if not self.paths:
+            raise UserError(f"{folder}: contains no numbered images: run python 01_data.py first, and omit --sample")
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return self.transform(load_image(self.paths[i]))
-
-
-def find_test_images(folder):
-    """Return the paths of the images of test1 in numeric order. Raises UserError if there are none."""
-    paths = [path for path in folder.glob("*") if is_image_file(path.name) and path.stem.isdecimal()]
-    if not paths:
-        raise UserError(f"{folder}: contains no numbered images: run python 01_data.py first, and omit --sample")
-    return sorted(paths, key=lambda path: int(path.stem))
+        return imagenet_format(load_image(self.paths[i]))
 
 
 @torch.inference_mode()
@@ -122,10 +112,8 @@ def write_submission(args, model, device, dset_test, num_workers):
     dog = []
     for inputs in progress(loader_test, len(loader_test), len(dset_test)):
         dog.extend(model(inputs.to(device)).exp()[:, 1].clip(*CLIP).tolist())
-    rows = ["id,label\n"]
-    for path, p in zip(dset_test.paths, dog, strict=True):
-        rows.append(f"{int(path.stem)},{p:.6f}\n")
-    save(args.output_dir, {"submission.csv": "".join(rows)})
+    rows = [f"{int(path.stem)},{p:.6f}\n" for path, p in zip(dset_test.paths, dog, strict=True)]
+    save(args.output_dir, {"submission.csv": "".join(["id,label\n", *rows])})
 
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
@@ -136,7 +124,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
     parser.set_defaults(weights=None)  # the weights of the results
     args = start_run(parser)
-    test_paths = find_test_images(args.data_dir / "test1") if args.submission else []
+    dset_test = TestImages(args.data_dir / "test1") if args.submission else None
     device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
     dset_classes = dsets["valid"].classes
@@ -228,18 +216,15 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     if args.image or args.submission:
         model_vgg, device = load_trained(args, step, metrics, dsets)
     if args.image:
-        print("\nBeyond the lecture: your own photos, resized and cropped as in torchvision's evaluation of VGG16")
         answers = []
         for path in args.image:
             photo = load_image(path, rotate=True)
-            inputs = IMAGENET.transforms()(photo)[None]  # a batch of one: (1, 3, 224, 224)
+            inputs = IMAGENET.transforms()(photo)[None]  # resized and cropped; a batch of one: (1, 3, 224, 224)
             with torch.inference_mode():
                 cat, dog = model_vgg(inputs.to(device))[0].exp().tolist()
             answers.append({"cats": cat, "dogs": dog})
-            print(f"  {path}: cats {cat:.3f}, dogs {dog:.3f}")
         show_photos(args.image, answers, f"Cat or dog? ({of_script})")
         save_figure(args.output_dir / "05_images.png", args.show)
     if args.submission:
-        dset_test = TestImages(test_paths, dsets["valid"].transform)
         write_submission(args, model_vgg, device, dset_test, loader_valid.num_workers)
     print(f"\nDone{note}. Next: change a line and run it again; the README has exercises")

@@ -305,11 +305,13 @@ def show_predictions(images, paths, classes, proba, heading):
 
 
 def show_photos(paths, answers, heading):
-    """Draw photos, each beside a bar chart of its answer, a dictionary from names to probabilities."""
+    """Print and draw the answers for photos: each is a dictionary from names to probabilities."""
+    print("\nBeyond the lecture: your own photos, resized and cropped as in torchvision's evaluation of VGG16")
     height = min(3 * len(paths), 600)  # inches; a PNG cannot be much higher
     figure, rows = plt.subplots(len(paths), 2, squeeze=False, figsize=(10, height), layout="constrained")
     figure.suptitle(heading)
     for path, answer, (left, right) in zip(paths, answers, rows, strict=True):
+        print(f"  {path}:", *(f"{name} {p:.3f}" for name, p in answer.items()), sep="\n    ")
         photo = load_image(path, rotate=True)
         photo.thumbnail((600, 600))
         left.imshow(photo)

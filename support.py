@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 import warnings
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -268,6 +269,43 @@ def check_folder(folder, classes):
     for path in folder.glob("*/*"):
         if not path.is_file():  # ImageFolder enters folders, and would open a broken link in the middle of the training
             raise UserError(f"{path}: a folder or a broken link among the images: delete it or move it elsewhere")
+
+
+def numbered_images(folder, prefix=""):
+    """Return the images in a folder whose names are the prefix and a number, such as cat.9.jpg, in numeric order."""
+    images = [path for path in folder.glob(f"{prefix}*") if is_image_file(path.name)]
+    numbers = {path: path.stem.removeprefix(prefix) for path in images}
+    return sorted((path for path in images if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+
+
+def check_images(data_dir, remember):
+    """Open every image once, and print those that cannot be read; raises UserError if there are any. If `remember`, a
+    file in data_dir records that this was done; it is valid until the name or size of an image changes."""
+    images = [path for pattern in ["train/*/*", "valid/*/*", "test1/*"] for path in sorted(data_dir.glob(pattern))
+              if is_image_file(path.name)]
+    files = [(path.relative_to(data_dir).as_posix(), path.stat().st_size) for path in images]
+    digest = hashlib.sha256(str(files).encode()).hexdigest().encode()
+    checked = data_dir / ".images-checked"
+    if checked.exists() and checked.read_bytes() == digest:
+        return
+
+    def problem(path):
+        try:
+            load_image(path)
+        except UserError as error:
+            return str(error)
+
+    print(f"checking that all {len(images):,} images can be read" + (" (once)" if remember else ""))
+    with ThreadPool() as pool:
+        problems = [text for text in progress(pool.imap(problem, images), len(images), len(images)) if text]
+    if problems:
+        print(*problems[:20], sep="\n", file=sys.stderr)
+        more = " (only the first 20 are listed)" if len(problems) > 20 else ""
+        raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read{more}: replace or "
+                        "delete them, then run python 01_data.py again (omit --from-kaggle)")
+    if remember:
+        with contextlib.suppress(OSError):  # a dataset on a read-only disk is checked every time
+            checked.write_bytes(digest)
 
 
 # ------------------------------------------------------------------------------------------------------ whole files

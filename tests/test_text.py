@@ -33,7 +33,7 @@ def test_what_is_printed(lesson):
         ["trainable parameters: 8,194 (2 x 4096 weights + 2 biases); frozen: 2,072,792\n", "frozen: 0 of 2,072,792 par",
          "updates: 2, on 16 images", "python 04_precompute.py --sample --layer fc7\n"],
         ["(5, 512, 7, 7)\n", "(16, 512, 7, 7)\n", "the last layer continues from 03_head.pt"],
-        [f"  {PHOTO}: cats 0."]]
+        [f"  {PHOTO}:\n    cats 0."]]
     following = [*(f", with the same options (--sample, --limit, ...): python {name}" for name in SCRIPTS[1:]),
                  ": change a line and run it again; the README has exercises"]
     for i, name in enumerate(SCRIPTS):
