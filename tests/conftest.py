@@ -40,6 +40,7 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds, not 5, until 
 SCRIPTS = ["01_data.py", "02_vgg_imagenet.py", "03_finetune_head.py", "04_precompute.py", "05_analysis.py"]
 SAMPLE = ROOT / "sample"
 PHOTO = SAMPLE / "valid" / "dogs" / "dog.8.jpg"
+posix = pytest.mark.skipif(sys.modules.get("resource", os.name) in (None, "nt"), reason="Windows: open files, signals")
 
 
 def pytest_configure(config):
@@ -76,11 +77,7 @@ def message(name, *options):
             name(*options) if callable(name) else run_here(name, *options)
         except Exception as error:
             support.report(type(error), error, error.__traceback__)
-    return assert_one_line(stderr.buffer.getvalue().decode())
-
-
-def assert_one_line(stderr):
-    line, = filter(str.strip, stderr.splitlines())
+    line, = filter(str.strip, stderr.buffer.getvalue().decode().splitlines())
     assert line.startswith("error: ") and line.isascii()
     return line
 

@@ -5,21 +5,9 @@ import torch
 from conftest import json_of, make_dataset, run_here
 
 import common
-import support
 
-
-def find_gpu():
-    """Return the name of a GPU that can compute, found as the scripts find it, or None."""
-    for name in ("cuda", "mps"):
-        try:
-            return common.get_device(name).type
-        except support.UserError:
-            continue
-    return None
-
-
-GPU = find_gpu()
-pytestmark = pytest.mark.skipif(GPU is None, reason="there is no GPU here that can compute")
+GPU = common.get_device("auto").type
+pytestmark = pytest.mark.skipif(GPU == "cpu", reason="there is no GPU here that can compute")
 # NVIDIA GPUs multiply in TF32 inside convolutions: 10 bits of the fraction instead of float32's 23.
 FEATURES, PROBABILITIES = 0.01, 0.005  # tolerances: of the largest feature; absolute
 

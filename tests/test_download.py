@@ -18,12 +18,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import PHOTO, SAMPLE, full_disk, message, raise_, run_here, script
+from conftest import PHOTO, SAMPLE, full_disk, message, posix, raise_, run_here, script
 
 import support
 
 data = script("01_data")
-posix = pytest.mark.skipif(sys.modules.get("resource", os.name) in (None, "nt"), reason="Windows: open files, links")
 COUNTS = {"train/cats": 3, "train/dogs": 3, "valid/cats": 2, "valid/dogs": 2, "test1": 2}
 
 

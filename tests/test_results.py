@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import (PHOTO, ROOT, SCRIPTS, Killed, analyse, arguments, fake_results, full_disk, json_of, make_dataset,
-                      message, raise_, record_of, run_here)
+                      message, posix, raise_, record_of, run_here)
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import common
 import support
 
-posix = pytest.mark.skipif(sys.modules.get("resource", os.name) in (None, "nt"), reason="Windows has no such signals")
 ROWS = np.random.default_rng(0).normal(size=(60, 4, 7, 7)).astype(np.float32)
 RECORD = {"transform": "t", "training images": "i", "frozen layers": "f", "precision": "p", "network": "n"}
 OTHER_LAYERS = {**RECORD, "frozen layers": "others"}

@@ -18,6 +18,7 @@ from torchvision import transforms
 
 import support
 
+
 @pytest.mark.parametrize("error, line", [
     (support.UserError("Caught UserError in worker 0.\nsupport.UserError: a.jpg: bad:\nfix"), "a.jpg: bad: fix"),
     (OSError(errno.EMFILE, "Too many", "x"), "x: Too many: close other programs, or add --num-workers 0"),
