@@ -7,7 +7,7 @@ The lecture's introduction (video from 0:19:35, https://youtu.be/ZhC-DIrCe6A?t=1
   python 01_data.py                           25,000 images; downloads 839 MB if needed
   python 01_data.py --from-kaggle ~/kaggle    build the dataset from Kaggle's files, already unzipped in ~/kaggle
 
-Writes the dataset to data/dogscats (or --data-dir), and to the output folder inputs_try.npy, labels_try.npy,
+Writes the dataset to data/dogscats (or --data-dir). Writes to the output folder: inputs_try.npy, labels_try.npy,
 01_valid_batch.png and 01_train_batch.png. To download from a mirror, set DOGSCATS_URL in the environment.
 """
 # %% Options. Some imports are not used below: they are needed for commands typed in the video.
@@ -67,7 +67,7 @@ def unpack(archive, folder):
 
 def from_kaggle(source, folder):
     """Fill the folder with copies of Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., or of Microsoft's
-    PetImages/Cat/0.jpg ...; the last 8 % of each class are for validation. Raises UserError if `source` has neither."""
+    PetImages/Cat/0.jpg ...; the last 8% of each class are for validation. Raises UserError if `source` has neither."""
     places = {"test1": numbered_images(source / "test1") or numbered_images(source / "test")}
     for name, kaggle, microsoft in [("cats", "cat", "Cat"), ("dogs", "dog", "Dog")]:
         images = (numbered_images(source / "train", f"{kaggle}.") or numbered_images(source / "PetImages" / microsoft)
@@ -93,7 +93,7 @@ def get_dataset(data_dir, kaggle):
             raise UserError(f"--from-kaggle: {data_dir} is not empty: omit --from-kaggle to use its contents, or "
                             "rename it to build a new dataset")
         if not all((data_dir / x).is_dir() for x in ["train", "valid"]):
-            raise UserError(f"{data_dir}: no folder train or valid: rename {data_dir.name} and run this script again")
+            raise UserError(f"{data_dir}: train or valid is missing: rename {data_dir.name} and run this script again")
         return
     if os.path.ismount(data_dir):
         raise UserError(f"--data-dir: {data_dir} is a mounted folder, which cannot be replaced: choose a new folder "
@@ -144,7 +144,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     banner("Using CNN for dogs vs cats", 1175, args.pause)
     # The lecture in one sentence: reuse a network that was already trained on different photos.
     print("Kaggle's competition Dogs vs. Cats: 25,000 labeled photos for training, 12,500 unlabeled ones to classify.\n"
-          "When it was launched, at the end of 2013, the state of the art was said to be above 80 % accuracy.")
+          "When it was launched, in 2013, the state of the art was said to be above 80% accuracy.")
 
 # %% Imports
     banner("Imports")
@@ -165,7 +165,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # Kaggle's files are all in one folder. Jeremy Howard (fast.ai) sorted them into cats and dogs, and set some of them
     # aside for validation: of the 25,000 labeled photos, 23,000 are for training and 2,000 for validation. test1
     # contains the 12,500 without labels. The sample, 24 images, is only there to show that the code runs: 03 makes only
-    # two updates on it, so expect about 50 % accuracy.
+    # two updates on it, so expect about 50% accuracy.
     data_dir = args.data_dir
     if not args.sample:
         get_dataset(data_dir, args.from_kaggle)
@@ -179,7 +179,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
             print(f"  {name:<20} {n_images:6,} images")
             if n_images < len(files):
                 print(f"    {len(files) - n_images:,} other files are not used: they do not end with", *IMG_EXTENSIONS)
-    check_images(data_dir, remember=not args.sample)  # a damaged image would stop the training after hours
+    check_images(data_dir, remember=not args.sample)  # else a damaged image could stop the training hours later
 
 # %% Data processing
     banner("Data processing", 1550, args.pause)
@@ -190,7 +190,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # The other scripts import the same imagenet_format from common.py: if you change it here, change it there too.
     imagenet_format = transforms.Compose([
         transforms.CenterCrop(224),  # keep only the central 224 x 224 pixels (smaller images get black borders)
-        transforms.ToTensor(),  # scale the pixels to [0, 1], with the shape (3, 224, 224)
+        transforms.ToTensor(),  # a tensor of shape (3, 224, 224) with values in [0, 1]
         normalize,
     ])
     # To see it again at the prompt (start with python -i 01_data.py --sample), type imagenet_format.
@@ -203,7 +203,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # The names of the folders become the names of the classes: this is why the layout matters.
     print("\nclasses:", dsets["train"].classes)
     print("class_to_idx:", dsets["train"].class_to_idx)
-    print("the first 5 of imgs, pairs (file, label):", *dsets["train"].imgs[:5], sep="\n  ")
+    print("the first 5 (file, label) pairs of imgs:", *dsets["train"].imgs[:5], sep="\n  ")
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
     print("dset_sizes:", dset_sizes)
     dset_classes = dsets["train"].classes
@@ -212,7 +212,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # shuffled for training, in fixed order for validation. 5 images fit in one figure; batches of 64 make better use of
     # the processor, and still fit in memory.
     torch.manual_seed(args.seed)  # the same "random" order in every run
-    workers = args.num_workers or 0  # the lecture's 6 need as many processor cores
+    workers = args.num_workers or 0  # the lecture uses 6, which needs 6 processor cores
     loader_train = torch.utils.data.DataLoader(dsets["train"], batch_size=64, shuffle=True, num_workers=workers)
     loader_valid = torch.utils.data.DataLoader(dsets["valid"], batch_size=5, shuffle=False, num_workers=workers)
 
@@ -220,14 +220,14 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # you call next(batches)? (Answers: the first batch; 400 times, as 2,000 images are 400 batches of 5.)
     inputs_try, labels_try = next(iter(loader_valid))
     print("\nbatches in loader_valid:", len(loader_valid))
-    print("labels_try, of the first batch:", labels_try)
+    print("labels_try, the first batch:", labels_try)
     print("inputs_try.shape:", tuple(inputs_try.shape))  # (5, 3, 224, 224)
 
     # An image is an array of numbers with the dimensions (color, row, column); a batch adds a first dimension, (image).
     # Negative values are darker than ImageNet's average.
     print("\nWhat is an image for your computer? inputs_try[0]:", inputs_try[0], sep="\n")
 
-    # Make a grid of the first batch of the validation data. imshow, in common.py, undoes normalize and shows it.
+    # Make a grid of the first batch of the validation data. imshow, in common.py, undoes normalize and draws the grid.
     out = torchvision.utils.make_grid(inputs_try)
     plt.figure(figsize=(10, 2.4), layout="constrained")
     imshow(out, title=[dset_classes[x] for x in labels_try])

@@ -6,7 +6,7 @@ The lecture's "Creating VGG Model" (video from 0:40:51, https://youtu.be/ZhC-DIr
   python 02_vgg_imagenet.py --sample --image my.jpg  also your own photos
   python 02_vgg_imagenet.py --zero-shot              cats vs. dogs on all validation images, without further training
 
-Reads the dataset. Writes to the output folder probs_try.npy and 02_predictions.png; with --zero-shot also
+Reads the dataset. Writes to the output folder: probs_try.npy and 02_predictions.png; with --zero-shot also
 02_zero_shot.json and 02_zero_shot.png, with --image 02_images.png.
 """
 # %% Options. Some imports are not used below: they are needed for commands typed in the video.
@@ -28,10 +28,10 @@ CATS, DOGS = slice(281, 286), slice(151, 269)
 @torch.inference_mode()
 def zero_shot(args, model, device, dsets, loader_valid, note):
     """Beyond the lecture: measure how well VGG16 distinguishes cats from dogs without further training."""
-    print("\nBeyond the lecture: zero-shot. Compare the sums of the probabilities of 5 cat and 118 dog classes")
+    print("\nBeyond the lecture: zero-shot, total probability of the 5 cat classes against the 118 dog classes")
     cat, dog = [], []
     for inputs, _ in progress(loader_valid, len(loader_valid), len(dsets["valid"])):
-        probs = nn.Softmax(dim=1)(model(inputs.to(device)).cpu())  # (B, 1000): letters as in common.py
+        probs = nn.Softmax(dim=1)(model(inputs.to(device)).cpu())  # (B, 1000); B is explained in common.py
         cat.extend(probs[:, CATS].sum(dim=1).tolist())
         dog.extend(probs[:, DOGS].sum(dim=1).tolist())
     sums = np.transpose([cat, dog])  # (M, 2)
@@ -62,7 +62,7 @@ def zero_shot(args, model, device, dsets, loader_valid, note):
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
-    parser.add_argument("--zero-shot", action="store_true", help="test it on cats and dogs without further training")
+    parser.add_argument("--zero-shot", action="store_true", help="classify cats and dogs without further training")
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
     args = start_run(parser)
     device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
@@ -77,7 +77,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # get_weights above) and then read from disk; the network is the same as models.vgg16(weights="DEFAULT").
     model_vgg = load_vgg16(args.weights)
     dic_imagenet = IMAGENET.meta["categories"]  # the lecture downloads the same names as a JSON file
-    print("the first of the 1,000 classes, dic_imagenet[:4]:", dic_imagenet[:4])
+    print("the first 4 of the 1,000 classes, dic_imagenet[:4]:", dic_imagenet[:4])
 
     inputs_try, labels_try = next(iter(loader_valid))  # the first batch, as in 01_data.py
     inputs_try, labels_try = inputs_try.to(device), labels_try.to(device)

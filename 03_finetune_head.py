@@ -6,7 +6,7 @@ https://youtu.be/ZhC-DIrCe6A?t=2755) and "Training the fully connected module" (
   python 03_finetune_head.py --sample    24 images, a few seconds
   python 03_finetune_head.py             all 25,000 images: minutes on a GPU, hours on a CPU
 
-Reads the dataset. Writes to the output folder 03_blocks.png, 03_head.pt, 03_predictions.npy, 03_all_proba.npy,
+Reads the dataset. Writes to the output folder: 03_blocks.png, 03_head.pt, 03_predictions.npy, 03_all_proba.npy,
 03_all_classes.npy, 03_metrics.json, 03_training.png and 03_valid_batch.png.
 """
 # %% Options. Some imports are not used below: they are needed for commands typed in the video.
@@ -24,8 +24,8 @@ from support import banner, make_record, number, option_parser, print_options, s
 
 @torch.inference_mode()
 def show_blocks(model, image, heading):
-    """Print the output shape of each block for one image (3, 224, 224), and its number of parameters. Draw the image
-    after each of the five blocks of convolutions, like the lecture's diagram."""
+    """For one image (3, 224, 224), print each block's output shape and number of parameters. Draw the image, and the
+    mean over the channels after each of the five blocks of convolutions, like the lecture's diagram."""
     blocks = [("2 convolutions, pooling", model.features[:5]), ("2 convolutions, pooling", model.features[5:10]),
               ("3 convolutions, pooling", model.features[10:17]), ("3 convolutions, pooling", model.features[17:24]),
               ("3 convolutions, pooling", model.features[24:]),
@@ -35,7 +35,7 @@ def show_blocks(model, image, heading):
     plt.suptitle(heading)
     plt.subplot(1, 6, 1)
     imshow(image, "input")
-    print("\noutput shape for one image, and number of parameters, of each block:")
+    print("\neach block: output shape for one image, and number of parameters")
     x = image[None]  # (1, 3, 224, 224)
     for i, (name, block) in enumerate(blocks, 1):
         x = block(x)
@@ -68,16 +68,16 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     print(model_vgg)
 
     # Convolutions detect small patterns anywhere in the image. Pooling halves width and height, so small shifts matter
-    # less. Dense layers (Linear) combine patterns from the whole image; the first one contains 103 of the 138 million
-    # parameters.
+    # less. Dense layers (Linear) combine patterns from the whole image; the first one contains 103 million of
+    # the 138 million parameters.
     show_blocks(model_vgg, dsets["valid"][0][0], f"A validation image after each block of VGG16{note}")
     save_figure(args.output_dir / "03_blocks.png", args.show)
 
     # Freeze all parameters: they get no gradients, so training never changes them.
     for param in model_vgg.parameters():
         param.requires_grad = False
-    # Keep all layers but the last; replace that one with a new layer with 2 outputs instead of 1,000. (6 is the number
-    # printed before the last Linear layer above. Its 4.1 million weights, for ImageNet's classes, are discarded.)
+    # Keep all layers but the last, which is classifier[6] in the printout above; replace it with a new layer that has 2
+    # outputs instead of 1,000. (The old layer's 4.1 million weights, for ImageNet's classes, are discarded.)
     torch.manual_seed(args.seed)  # the new layer starts from random weights
     model_vgg.classifier[6] = nn.Linear(4096, 2)
     # LogSoftmax turns the outputs into log-probabilities, which NLLLoss expects.
@@ -104,7 +104,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     banner("Training the model")
     # train_model and test_model are the lecture's functions: read them in common.py. An epoch uses every training image
     # once, in batches; each batch gives one update of the parameters. The accuracy of an epoch is measured during
-    # training, with dropout on, so the validation accuracy can be higher.
+    # training, with dropout on, so the validation accuracy can be higher. On all images, expect about 98% (README).
     before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}  # a copy of all parameters
     torch.manual_seed(args.seed)  # for shuffling and dropout
     history = train_model(model_vgg, loader_train, size=dset_sizes["train"], epochs=args.epochs,
@@ -119,13 +119,13 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         total[kind] += param.numel()
     for kind in ["frozen", "trainable"]:
         print(f"{kind}: {changed[kind]:,} of {total[kind]:,} parameters changed")
-    record = make_record(dsets, model_vgg)  # what the results are made from; later scripts compare it
+    record = make_record(dsets, model_vgg)  # what the results depend on: later scripts check that it is the same
     save_results(args, "03", model_vgg, record, history)  # save now, in case the test stops at a damaged image
 
     predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes["valid"])
     metrics = save_results(args, "03", model_vgg, record, history, (predictions, all_proba, all_classes))
 
-    # Four cats and four dogs. (The lecture's first n_images of loader_valid are its first batch, 5 cats.)
+    # Four cats and four dogs. (The lecture shows the first batch of loader_valid, 5 cats.)
     n_images = 8
     idx = four_of_each(dsets["valid"])
     inputs = torch.stack([dsets["valid"][i][0] for i in idx])  # (8, 3, 224, 224)

@@ -7,9 +7,9 @@ https://youtu.be/ZhC-DIrCe6A?t=3460).
   python 04_precompute.py --limit 1000 --layer fc7     minutes on a CPU; accuracy close to the lecture's
   python 04_precompute.py                              all 25,000 images; if interrupted, run it again to resume
 
-Reads the dataset, and the results of 03_finetune_head.py if there are any. Writes to the output folder
+Reads the dataset, and the results of 03_finetune_head.py if there are any. Writes to the output folder:
 conv_feat_train.npy and conv_feat_valid.npy (2.5 GB for all images; with --layer fc7: fc7_feat_*.npy, 0.4 GB),
-labels_train.npy, labels_valid.npy, and the same files as 03 (04_head.pt, ...).
+labels_train.npy, labels_valid.npy, and the same files as 03, but for 03_blocks.png (04_head.pt, ...).
 """
 # %% Options. Some imports are not used below: they are needed for commands typed in the video.
 import math
@@ -34,7 +34,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     parser.add_argument("--batch-size", type=number(1, 10**6), default=128, metavar="N",
                         help="training images per batch, that is, per update (default: 128)")
     parser.add_argument("--layer", choices=["conv", "fc7"], default="conv", help="precompute up to this layer: "
-                        "conv, all convolutions, as in the lecture; fc7, all layers but the last (default: conv)")
+                        "conv (all convolutions, as in the lecture) or fc7 (all layers but the last); default: conv")
     args = start_run(parser)
     device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
     dset_sizes = {x: len(dsets[x]) for x in ["train", "valid"]}
@@ -50,8 +50,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     model_vgg = to_device(freeze_and_replace_head(model_vgg), device, args.bf16)  # as in 03_finetune_head.py
     record = make_record(dsets, model_vgg)
 
-    # Note: frozen layers give the same output for an image in every epoch, so run them only once. (What the letters in
-    # the shapes mean is explained in common.py.)
+    # Note: frozen layers give the same output for an image in every epoch, so run them only once. (common.py explains
+    # the letters in the shapes.)
     if args.layer == "conv":
         frozen, trained = model_vgg.features, model_vgg.classifier  # avgpool, between them, does not change 7 x 7
     else:
@@ -79,9 +79,10 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         conv_features = np.array(conv_features)
         return conv_features, labels_list
 
-    # The lecture calls conv_feat_train, labels_train = preconvfeat(loader_train): this keeps all features in memory, in
-    # shuffled order, and loses them at the end. Here the function is called for one batch at a time (a list of one
-    # batch works like a dataloader), in fixed order, so that row i belongs to image i; a file keeps its results.
+    # The lecture calls conv_feat_train, labels_train = preconvfeat(loader_train). This keeps all features in memory, in
+    # shuffled order, and loses them at the end. The loop below does the same one batch at a time ([batch] works like a
+    # dataloader), in fixed order, so that row i belongs to image i. It saves each batch to a file, so that an
+    # interrupted run can be resumed: to follow the video, you need not understand its details.
     batch_size = 8 if device.type == "cpu" else 64  # on a CPU, larger batches are slower and need more memory
     conv_feat = {}
     for x in ["train", "valid"]:
@@ -105,14 +106,14 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
 # %% Creating a new data generator
     banner("Creating a new data generator")
-    # No images are loaded from here on. Don't worry if these lines are unclear: they only serve the saved features in
-    # batches, flattened from (N, 512, 7, 7) to (N, 25088).
+    # No images are loaded from here on. Don't worry if these lines are unclear: they only make batches of the saved
+    # features, flattened from (N, 512, 7, 7) to (N, 25088).
     datasetfeat_train = TensorDataset(torch.from_numpy(conv_feat_train).flatten(1), torch.from_numpy(labels_train))
     loaderfeat_train = DataLoader(datasetfeat_train, batch_size=args.batch_size, shuffle=True)
     datasetfeat_valid = TensorDataset(torch.from_numpy(conv_feat_valid).flatten(1), torch.from_numpy(labels_valid))
     loaderfeat_valid = DataLoader(datasetfeat_valid, batch_size=args.batch_size, shuffle=False)
 
-    # As in the lecture, the training continues with the last layer of 03_finetune_head.py, if it fits.
+    # As in the lecture, the training continues with 03's last layer, if 03 used the same images and frozen layers.
     path_03 = args.output_dir / "03_metrics.json"
     metrics_03 = load(path_03, "run python 03_finetune_head.py again") if path_03.exists() else None
     if metrics_03 is None:
@@ -125,7 +126,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         load_state(model_vgg.classifier[6], args.output_dir / "03_head.pt", "run python 03_finetune_head.py again")
         model_vgg.to(device)  # load_state leaves the new parameters on the CPU
 
-    # 50 epochs here, only 2 in 03: on features, an epoch takes a fraction of the time (see below).
+    # 50 epochs here, only 2 in 03: on features, an epoch takes a fraction of the time (see below). As in 03, the
+    # optimizer receives only the last layer's parameters.
     criterion = nn.NLLLoss()
     optimizer_vgg = torch.optim.SGD(model_vgg.classifier[6].parameters(), lr=args.lr)
     torch.manual_seed(args.seed)  # for shuffling and dropout
@@ -136,7 +138,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     record = make_record(dsets, model_vgg)  # again, because your edits may have changed other layers too
     metrics = save_results(args, "04", model_vgg, record, history, (predictions, all_proba, all_classes))
 
-    # The time gained by precomputing. An earlier run may have computed the features: the file knows the speed.
+    # The time gained by precomputing. If an earlier run computed the features, their .json file contains its speed.
     on_features = metrics["seconds_per_epoch"]
     speed = load(args.output_dir / f"{args.layer}_feat_train.json", "run this script again")["images_per_second"]
     print(f"\nan epoch on features: {on_features:.3f} s")

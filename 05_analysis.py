@@ -20,7 +20,7 @@ from torchvision import datasets, models, transforms
 
 from common import (CLASSES, IMAGENET, freeze_and_replace_head, get_device, get_weights, imagenet_format, imshow,
                     load_data, load_state, load_vgg16, log_loss, save_figure, show_photos, show_predictions, to_device)
-from support import (IMAGES, UserError, banner, differences, load, load_image, make_record, number, numbered_images,
+from support import (UserError, banner, differences, load, load_image, make_record, number, numbered_images,
                      option_parser, print_options, progress, save, start_run)
 
 CLIP = 0.005, 0.995  # bounds of the probabilities that are sent to Kaggle
@@ -34,8 +34,7 @@ def load_results(args, step, dsets):
     metrics = load(path, again)
     if "valid_loss" not in metrics:
         raise UserError(f"{path}: the script was stopped before its test: {again}")
-    now = make_record(dsets)
-    del now[IMAGES["train"]]  # the predictions do not depend on them
+    now = make_record({"valid": dsets["valid"]})  # the predictions can be shown without the training images
     if changed := differences(metrics.get("made_from", {}), now):
         raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with {changed}: {again}")
     if args.weights in ("imagenet", "untrained") and args.weights != metrics["weights"]:
@@ -106,7 +105,7 @@ class TestImages(Dataset):
 @torch.inference_mode()
 def write_submission(args, model, device, dset_test, num_workers):
     """Predict test1 and write submission.csv for Kaggle. The score is the log loss, which is infinite if any true class
-    has probability 0. Probabilities clipped to CLIP limit it to -log(0.005) = 5.3 per image."""
+    has probability 0. Clipping the probabilities to CLIP limits it to -log(0.005) = 5.3 per image."""
     print(f"\nBeyond the lecture: the submission to Kaggle for {len(dset_test):,} images of test1 (Kaggle has 12,500)")
     loader_test = DataLoader(dset_test, batch_size=16, num_workers=num_workers)
     dog = []
@@ -118,7 +117,7 @@ def write_submission(args, model, device, dset_test, num_workers):
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
-    parser.add_argument("--step", choices=["03", "04"], help="script to analyze (default: 04 if it has run, else 03)")
+    parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 if it has run, else 03)")
     parser.add_argument("--n-view", type=number(1, 100), default=8, metavar="N", help="images per view (default: 8)")
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
@@ -139,7 +138,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 # %% Viewing model prediction (qualitative analysis)
     banner("Viewing model prediction (qualitative analysis)", 3819, args.pause)
     # Judge a model on images it was not trained on. If it does much better on the training images, it is overfitting.
-    # First make a model that can overfit; only then add regularization (against overfitting, as dropout is) and
+    # First make a model that can overfit; only then add regularization (such as dropout) and
     # augmentation (random changes of the images in every epoch; impossible with precomputed features).
     print(f"accuracy of {of_script}, in the last epoch of training: {metrics['train_accuracy'][-1]:.4f}")
 

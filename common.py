@@ -83,15 +83,15 @@ def freeze_and_replace_head(model):
 def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.NLLLoss()):
     """Train on `size` images, in batches (inputs, classes). Only the optimizer's parameters change. For each epoch,
     print and return mean loss per image and accuracy, both measured during training, and the time in seconds."""
-    model.train()  # switches dropout on: it sets a random half of a dense layer's outputs to 0, against overfitting
+    model.train()  # switches dropout on: it sets a random half of a dense layer's outputs to 0, to reduce overfitting
     device = next(model.parameters()).device
-    non_blocking = device.type == "cuda"  # copy in the background (on MPS, the copy could come too late)
+    non_blocking = device.type == "cuda"  # copy in the background (on MPS, data could be used before it arrives)
     history = []
     for epoch in range(1, epochs + 1):  # an epoch: every image is used once
         start = time.perf_counter()
         running_loss = 0.0
         running_corrects = 0
-        for inputs, classes in progress(dataloader, len(dataloader), size):  # a batch: B images, computed together
+        for inputs, classes in progress(dataloader, len(dataloader), size):  # a batch: B images, processed together
             inputs = inputs.to(device, non_blocking=non_blocking)  # (B, 3, 224, 224), or (B, ...) features
             classes = classes.to(device, non_blocking=non_blocking)  # (B,)
             outputs = model(inputs)  # (B, 2) log-probabilities
@@ -101,8 +101,8 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
             loss.backward()  # compute new ones: how the loss changes with each trainable parameter
             optimizer.step()  # change each parameter a little, so that the loss gets smaller
             preds = outputs.argmax(dim=1)  # the predicted class: the one with the highest probability
-            # Statistics. The loss is a mean over the batch: multiply by its size, and below divide by that of the
-            # dataset. They stay on the device: .item() here would make the CPU wait for the GPU in every batch.
+            # Statistics. The loss is a mean over the batch: multiply by the batch size, and below divide by the dataset
+            # size. Both sums stay on the device: .item() here would make the CPU wait for the GPU in every batch.
             running_loss += loss.detach() * len(classes)
             running_corrects += (preds == classes).sum()
         epoch_loss = running_loss.item() / size
@@ -113,7 +113,7 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
     return history
 
 
-TINY = np.finfo(np.float64).tiny  # the smallest probability: that of 0 would make the loss infinite
+TINY = np.finfo(np.float64).tiny  # the smallest probability used: 0 would make the loss infinite
 LOG_OF_TINY = np.log(TINY)  # -708.4
 
 
@@ -181,13 +181,13 @@ def get_weights(weights, sample=False):
             weights = "untrained"
     if weights == "untrained":
         print("*" * 80, "NOTICE: untrained weights. VGG16 is random: the scripts run, but their predictions are",
-              "meaningless, and no number below shows how good the network of the lecture is.", "*" * 80, sep="\n")
+              "meaningless, and the numbers below do not show how good the lecture's network is.", "*" * 80, sep="\n")
     return weights if weights in ("imagenet", "untrained") else str(absolute_path(weights))
 
 
 def get_device(name="auto", bf16=False):
     """Return the torch.device for cpu, cuda (an NVIDIA GPU), mps (the GPU of a Mac) or auto (a GPU if there is one).
-    Raises UserError if it cannot be used, or if `bf16` and it does not support bfloat16."""
+    Raises UserError if it cannot be used, or if `bf16` is true and it does not support bfloat16."""
     def can_compute(name):  # a GPU that is too old for this version of torch is found, but cannot compute
         try:
             return (torch.ones(1, device=name) + 1).item() == 2
@@ -222,13 +222,13 @@ def to_device(model, device, bf16=False):
             part.to(torch.bfloat16)
             part[0].register_forward_pre_hook(lambda layer, inputs: inputs[0].bfloat16())
             part[-1].register_forward_hook(lambda layer, inputs, outputs: outputs.float())
-    # channels_last stores the channels of a pixel side by side, which is faster; on MPS it makes some layers wrong
+    # channels_last stores the channels of a pixel side by side, which is faster, but can give wrong results on MPS
     return model.to(device, memory_format=torch.contiguous_format if device.type == "mps" else torch.channels_last)
 
 
 # --------------------------------------------------------------------------------------------------------- the data
 def limit_images(dsets, n):
-    """Keep n training images and 200 validation images, half of each class, evenly spaced; all if there are fewer."""
+    """Keep n training and 200 validation images, half of them cats, evenly spaced; all images if there are fewer."""
     for x, n_images in [("train", n), ("valid", 200)]:
         kept = []
         for label in [0, 1]:
@@ -251,7 +251,7 @@ def load_data(args, batch_size=64):
         dsets[x].fingerprint = fingerprint(dsets[x])  # for make_record; now, as files may change later
     print(f"{len(dsets['train']):,} training images, {len(dsets['valid']):,} validation images; device: {device}")
     workers = args.num_workers
-    if workers is None:  # a GPU would wait for images; on a CPU, loading takes only 1 or 2 % of the time
+    if workers is None:  # a GPU would wait for images; on a CPU, loading takes only 1 or 2% of the time
         workers = 0 if device.type == "cpu" or args.sample else min(torch.get_num_threads(), 16)
     # pinned memory: can be copied to a CUDA GPU in the background
     options = {"num_workers": workers, "pin_memory": device.type == "cuda"}

@@ -322,7 +322,7 @@ def temporary_folder(parent):
     """Create a folder in `parent` for this run only. Remove those of killed runs, unchanged for an hour."""
     for old in parent.glob(".part-*"):
         with contextlib.suppress(OSError):  # another run may be removing it too
-            changed = max(place.stat().st_mtime for place in [old, *old.rglob("*")] if place.is_dir())
+            changed = max(place.stat().st_mtime for place in [old, *old.glob("**/")])  # of the folders in it
             if time.time() - changed > 3600:
                 shutil.rmtree(old)
     return Path(tempfile.mkdtemp(prefix=".part-", dir=parent))
@@ -473,18 +473,15 @@ class FeatureFile:
         if self.part:
             start, rows = self.timed_from
             speed = (self.done - rows) / (time.perf_counter() - start) if self.done > rows else None
-            if not self.part.exists():
-                raise UserError(f"{self.part} has disappeared. Is another run writing here? Wait for it to finish, "
-                                "then run this script again")
             # This order ensures that features never lie beside a wrong record, even if the run is killed.
-            with on_error(self.part):
+            advice = "is another run writing here? Wait for it to finish, then run this script again"
+            with on_error(self.path, advice=advice):
                 self.file.truncate()
                 os.fsync(self.file.fileno())
                 self.file.close()
-            with on_error(self.path):
+                os.stat(self.part)  # if another run has just renamed it, stop before its features are removed
                 self.path.unlink(missing_ok=True)
-            save(self.path.parent, {self.json.name: {**self.record, "images_per_second": speed}})
-            with on_error(self.part):
+                save(self.path.parent, {self.json.name: {**self.record, "images_per_second": speed}})
                 replace(self.part, self.path)
             print(f"saved {self.path}" + (f": {speed:.1f} images/s" if speed else ""))
         return load(self.path, "delete it and run this script again")

@@ -209,7 +209,7 @@ def test_metrics_are_saved_and_plotted(tmp_path):
 
 @pytest.mark.parametrize("n, train", [(2, (1, 1)), (11, (5, 6)), (100, (30, 50)), (10**6, (30, 70))])
 def test_limit_keeps_n_training_and_200_validation_images_evenly_spaced(n, train):
-    """Half of each class, so that guessing stays at 50 %, and not only the first photos."""
+    """Half of each class, so that guessing stays at 50%, and not only the first photos."""
     counts = {"train": (30, 70), "valid": (150, 90)}
     dsets = {x: Namespace(samples=[(i, label) for label in (0, 1) for i in range(counts[x][label])]) for x in counts}
     common.limit_images(dsets, n)

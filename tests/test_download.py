@@ -183,10 +183,11 @@ def test_a_second_run_while_the_first_one(server, tmp_path, monkeypatch, module)
     (".part-x", (2, 2), False), (".part-x", (0.9, 2), True), (".part-x", (2, 0.9), True), ("x.part", (9, 9), True)])
 def test_what_killed_runs_unpacked_is_removed_after_an_hour(server, tmp_path, name, ages, kept):
     """A gigabyte of half a dataset does not stay; a run that is still unpacking, or the student, keeps the files."""
+    (tmp_path / ".part-y").touch()  # no folder, like one that another run has just removed
     (tmp_path / name / "train").mkdir(parents=True)
     for place, hours in zip((tmp_path / name, tmp_path / name / "train"), ages, strict=True):
         os.utime(place, (time.time() - 3600 * hours,) * 2)
-    works(tmp_path, *[name] * kept)
+    works(tmp_path, ".part-y", *[name] * kept)
 
 
 OUTSIDE = [*((name, tarfile.REGTYPE) for name in ("dogscats/../../x", "/x", "dogscats/C:x", "dogscats\\..\\..\\x")),
@@ -219,7 +220,7 @@ def test_a_dataset_that_cannot_be_moved_is_kept(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("inside, kaggle, wrong, says", [
-    (["thesis"], None, nothing, "no folder train or valid: rename"),
+    (["thesis"], None, nothing, "train or valid is missing: rename"),
     (["thesis"], SAMPLE, nothing, "is not empty: omit --from-kaggle"),
     ([], None, mock.patch("os.path.ismount", return_value=True), "a mounted folder, which cannot be replaced: choose"),
     ([], None, mock.patch("shutil.disk_usage", return_value=mock.Mock(free=SIZE + 2_999_999)),
@@ -238,7 +239,7 @@ def test_what_cannot_work_is_refused_before_the_download(server, tmp_path, insid
     ("", ("train/cat.", "train/dog.", "test1/")), ("", ("train/cat.", "train/dog.", "test/")),
     ("", ("PetImages/Cat/", "PetImages/Dog/", "x/")), ("PetImages", ("PetImages/Cat/", "PetImages/Dog/", "x/"))])
 def test_kaggles_and_microsofts_files_are_sorted_by_their_numbers(tmp_path, inside, names):
-    """The last 8 % of each class are for validation, 9 before 10; other files are left out, and links are followed."""
+    """The last 8% of each class are for validation, 9 before 10; other files are left out, and links are followed."""
     for name, numbers in zip(names, [[*range(125), "4 (1)"], [3, 9, 10], [7, "x", 70]], strict=True):
         for path in [tmp_path / "source" / f"{name}{number}.jpg" for number in numbers]:
             path.parent.mkdir(parents=True, exist_ok=True)
