@@ -143,7 +143,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 # %% Using CNN for dogs vs cats
     banner("Using CNN for dogs vs cats", 1175, args.pause)
     # The lecture in one sentence: reuse a network that was already trained on different photos.
-    print("Kaggle's competition Dogs vs. Cats: 25,000 labeled photos for training, 12,500 unlabeled ones to classify.\n"
+    print("Kaggle's Dogs vs. Cats competition: 25,000 labeled photos for training, 12,500 unlabeled ones to classify.\n"
           "When it was launched, in 2013, the state of the art was said to be above 80% accuracy.")
 
 # %% Imports
@@ -162,8 +162,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
 # %% Downloading the data
     banner("Downloading the data")
-    # Kaggle's files are all in one folder. Jeremy Howard (fast.ai) sorted them into cats and dogs, and set some of them
-    # aside for validation: of the 25,000 labeled photos, 23,000 are for training and 2,000 for validation. test1
+    # Kaggle's labeled photos are all in one folder. Jeremy Howard (fast.ai) sorted them into cats and dogs and set some
+    # of them aside for validation: of the 25,000 photos, 23,000 are for training and 2,000 for validation. test1
     # contains the 12,500 without labels. The sample, 24 images, is only there to show that the code runs: 03 makes only
     # two updates on it, so expect about 50% accuracy.
     data_dir = args.data_dir

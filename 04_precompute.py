@@ -9,7 +9,7 @@ https://youtu.be/ZhC-DIrCe6A?t=3460).
 
 Reads the dataset, and the results of 03_finetune_head.py if there are any. Writes to the output folder:
 conv_feat_train.npy and conv_feat_valid.npy (2.5 GB for all images; with --layer fc7: fc7_feat_*.npy, 0.4 GB),
-labels_train.npy, labels_valid.npy, and the same files as 03, but for 03_blocks.png (04_head.pt, ...).
+labels_train.npy, labels_valid.npy, and the same files as 03 (04_head.pt, ...), except 03_blocks.png.
 """
 # %% Options. Some imports are not used below: they are needed for commands typed in the video.
 import math
@@ -53,7 +53,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # Note: frozen layers give the same output for an image in every epoch, so run them only once. (common.py explains
     # the letters in the shapes.)
     if args.layer == "conv":
-        frozen, trained = model_vgg.features, model_vgg.classifier  # avgpool, between them, does not change 7 x 7
+        frozen, trained = model_vgg.features, model_vgg.classifier  # avgpool, between them, keeps the size 7 x 7
     else:
         # The frozen dense layers run only once too, without dropout. VGG16's authors call its three dense layers fc6,
         # fc7 and fc8. Only fc8, the last one, is left to train: a simple logistic regression.
@@ -80,9 +80,9 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         return conv_features, labels_list
 
     # The lecture calls conv_feat_train, labels_train = preconvfeat(loader_train). This keeps all features in memory, in
-    # shuffled order, and loses them at the end. The loop below does the same one batch at a time ([batch] works like a
+    # shuffled order, and loses them at the end. The loop below does the same, one batch at a time ([batch] works like a
     # dataloader), in fixed order, so that row i belongs to image i. It saves each batch to a file, so that an
-    # interrupted run can be resumed: to follow the video, you need not understand its details.
+    # interrupted run can be resumed. You can follow the video without understanding the details of this loop.
     batch_size = 8 if device.type == "cpu" else 64  # on a CPU, larger batches are slower and need more memory
     conv_feat = {}
     for x in ["train", "valid"]:
@@ -106,7 +106,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
 # %% Creating a new data generator
     banner("Creating a new data generator")
-    # No images are loaded from here on. Don't worry if these lines are unclear: they only make batches of the saved
+    # The training loads no images. Don't worry if these lines are unclear: they only make batches of the saved
     # features, flattened from (N, 512, 7, 7) to (N, 25088).
     datasetfeat_train = TensorDataset(torch.from_numpy(conv_feat_train).flatten(1), torch.from_numpy(labels_train))
     loaderfeat_train = DataLoader(datasetfeat_train, batch_size=args.batch_size, shuffle=True)

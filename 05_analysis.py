@@ -3,7 +3,7 @@
 The lecture's "Viewing model prediction (qualitative analysis)" (video from 1:03:39,
 https://youtu.be/ZhC-DIrCe6A?t=3819) and "Conclusion".
 
-  python 05_analysis.py --sample                     the results of 04_precompute.py --sample, or else of 03
+  python 05_analysis.py --sample                     the results of 04_precompute.py --sample, or of 03
   python 05_analysis.py --sample --image my.jpg      cat or dog? Your own photos
   python 05_analysis.py --submission                 the submission to Kaggle: submission.csv
 
@@ -33,7 +33,7 @@ def load_results(args, step, dsets):
     path = args.output_dir / f"{step}_metrics.json"
     metrics = load(path, again)
     if "valid_loss" not in metrics:
-        raise UserError(f"{path}: the script was stopped before its test: {again}")
+        raise UserError(f"{path}: the script was stopped before its test was complete: {again}")
     now = make_record({"valid": dsets["valid"]})  # the predictions can be shown without the training images
     if changed := differences(metrics.get("made_from", {}), now):
         raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with {changed}: {again}")
@@ -74,7 +74,7 @@ def plot_histogram(all_proba, all_classes, title):
 
 def load_trained(args, step, metrics, dsets):
     """Return VGG16 with the last layer that the script trained, and its device. Raises UserError unless all other
-    layers, the images and the precision are the same as in the training."""
+    layers, the images and the precision are the same as in training."""
     device = get_device(args.device, args.bf16)
     model_vgg = freeze_and_replace_head(load_vgg16(get_weights(args.weights)))
     model_vgg = to_device(model_vgg, device, args.bf16)
@@ -106,7 +106,7 @@ class TestImages(Dataset):
 def write_submission(args, model, device, dset_test, num_workers):
     """Predict test1 and write submission.csv for Kaggle. The score is the log loss, which is infinite if any true class
     has probability 0. Clipping the probabilities to CLIP limits it to -log(0.005) = 5.3 per image."""
-    print(f"\nBeyond the lecture: the submission to Kaggle for {len(dset_test):,} images of test1 (Kaggle has 12,500)")
+    print(f"\nBeyond the lecture: Kaggle submission for {len(dset_test):,} images of test1 (Kaggle expects 12,500)")
     loader_test = DataLoader(dset_test, batch_size=16, num_workers=num_workers)
     dog = []
     for inputs in progress(loader_test, len(loader_test), len(dset_test)):
@@ -117,11 +117,11 @@ def write_submission(args, model, device, dset_test, num_workers):
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
-    parser.add_argument("--step", choices=["03", "04"], help="whose results (default: 04 if it has run, else 03)")
+    parser.add_argument("--step", choices=["03", "04"], help="results to analyze (default: 04 if it has run, else 03)")
     parser.add_argument("--n-view", type=number(1, 100), default=8, metavar="N", help="images per view (default: 8)")
     parser.add_argument("--image", nargs="+", action="extend", default=[], metavar="FILE", help="your own photos")
     parser.add_argument("--submission", action="store_true", help="predict test1 and write submission.csv for Kaggle")
-    parser.set_defaults(weights=None)  # the weights of the results
+    parser.set_defaults(weights=None)  # default: the weights used for the results
     args = start_run(parser)
     dset_test = TestImages(args.data_dir / "test1") if args.submission else None
     device, dsets, loader_train, loader_valid = load_data(args)  # as in 01_data.py
@@ -139,11 +139,11 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     banner("Viewing model prediction (qualitative analysis)", 3819, args.pause)
     # Judge a model on images it was not trained on. If it does much better on the training images, it is overfitting.
     # First make a model that can overfit; only then add regularization (such as dropout) and
-    # augmentation (random changes of the images in every epoch; impossible with precomputed features).
-    print(f"accuracy of {of_script}, in the last epoch of training: {metrics['train_accuracy'][-1]:.4f}")
+    # augmentation (random changes to the images in every epoch; impossible with precomputed features).
+    print(f"training accuracy in the last epoch ({of_script}): {metrics['train_accuracy'][-1]:.4f}")
 
     # The views help to find problems: wrong labels, animals outside the central 224 x 224 pixels, rare breeds. They
-    # show the photos themselves (the lecture also shows a batch of the first view).
+    # show the photos uncropped (the lecture also shows the cropped images of the first view, as a batch).
     n_view = args.n_view  # number of images in each view
     permutation = np.random.default_rng(args.seed).permutation  # the lecture's permutation, with a seed
 
@@ -226,4 +226,4 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         save_figure(args.output_dir / "05_images.png", args.show)
     if args.submission:
         write_submission(args, model_vgg, device, dset_test, loader_valid.num_workers)
-    print(f"\nDone{note}. Next: change a line and run it again; the README has exercises")
+    print(f"\nDone{note}. Next: change a line and run the script again; the README has exercises")

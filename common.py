@@ -16,7 +16,7 @@ from support import (UserError, absolute_path, check_folder, download, fingerpri
 
 CLASSES = ["cats", "dogs"]  # labels 0 and 1
 
-# Mean and standard deviation of the red, green and blue pixels of ImageNet, the photos that VGG16 was trained on.
+# Mean and standard deviation of red, green and blue in ImageNet, the set of photos that VGG16 was trained on.
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 imagenet_format = transforms.Compose([
@@ -26,7 +26,7 @@ imagenet_format = transforms.Compose([
 ])
 
 IMAGENET = models.VGG16_Weights.IMAGENET1K_V1  # torchvision's description of the pretrained weights
-IMAGENET_FILE = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")  # torchvision uses the same
+IMAGENET_FILE = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")  # torchvision uses the same file
 IMAGENET_SIZE = 553_433_881  # bytes
 
 
@@ -101,8 +101,8 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
             loss.backward()  # compute new ones: how the loss changes with each trainable parameter
             optimizer.step()  # change each parameter a little, so that the loss gets smaller
             preds = outputs.argmax(dim=1)  # the predicted class: the one with the highest probability
-            # Statistics. The loss is a mean over the batch: multiply by the batch size, and below divide by the dataset
-            # size. Both sums stay on the device: .item() here would make the CPU wait for the GPU in every batch.
+            # Statistics. The loss is a mean over the batch: multiply by the batch size here, and divide by the dataset
+            # size below. Both sums stay on the device: .item() here would make the CPU wait for the GPU in every batch.
             running_loss += loss.detach() * len(classes)
             running_corrects += (preds == classes).sum()
         epoch_loss = running_loss.item() / size
@@ -169,7 +169,7 @@ def save_results(args, step, model, record, history, results=()):
 
 # ----------------------------------------------------------------------------------------------- weights and device
 def get_weights(weights, sample=False):
-    """Return the value of --weights to use, with a file's path made absolute. "imagenet": download the file if it is
+    """Return "imagenet", "untrained" or the absolute path of a file. For "imagenet", download the file if it is
     missing. If that fails, a run on the sample continues with "untrained"; any other run ends with a UserError."""
     if weights == "imagenet" and not IMAGENET_FILE.exists():
         try:
@@ -233,7 +233,7 @@ def limit_images(dsets, n):
         kept = []
         for label in [0, 1]:
             of_class = [sample for sample in dsets[x].samples if sample[1] == label]
-            n_class = min((n_images + label) // 2, len(of_class))  # if n is odd, one dog more
+            n_class = min((n_images + label) // 2, len(of_class))  # if n is odd, one more dog
             kept += [of_class[i * len(of_class) // n_class] for i in range(n_class)]
         dsets[x].samples = dsets[x].imgs = kept  # ImageFolder has one list under both names
         dsets[x].targets = [label for _, label in kept]
@@ -305,7 +305,7 @@ def show_predictions(images, paths, classes, proba, heading):
 
 
 def show_photos(paths, answers, heading):
-    """Print and draw the answers for photos: each is a dictionary from names to probabilities."""
+    """Print the answers, and draw them beside the photos. Each answer maps class names to probabilities."""
     print("\nBeyond the lecture: your own photos, resized and cropped as in torchvision's evaluation of VGG16")
     height = min(3 * len(paths), 600)  # inches; a PNG cannot be much higher
     figure, rows = plt.subplots(len(paths), 2, squeeze=False, figsize=(10, height), layout="constrained")

@@ -101,7 +101,7 @@ def report(kind, error, traceback):
             sys.stdout.flush()
         except OSError:  # the reader of our output, such as head, has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None  # the status that a shell reports for other programs
+            raise SystemExit(141) from None  # the status that a shell reports after SIGPIPE
     line = one_line(error)
     stopped = issubclass(kind, KeyboardInterrupt)
     if hasattr(sys, "ps1") or not (line or stopped):  # ps1: typed at the prompt of python -i
@@ -128,7 +128,7 @@ def number(least, most, kind=int):
 
 
 def absolute_path(text):
-    """Return the absolute path of a text, relative to the current or the home folder (~). A type for argparse."""
+    """Return an absolute path for a text, which may be relative or begin with ~ (home). A type for argparse."""
     return Path(os.path.expanduser(text)).resolve()
 
 
@@ -139,7 +139,7 @@ def option_parser(doc, network=True):
     size = common.add_mutually_exclusive_group().add_argument
     size("--sample", action="store_true", help="use 24 images: sample/ of the dataset, if any, or the bundled drawings")
     size("--limit", type=number(2, 1_000_000), metavar="N",
-         help="use N training images and 200 validation images, half of each class (all if there are fewer)")
+         help="use N training images and 200 validation images, half of them cats (all if there are fewer)")
     add = common.add_argument
     add("--data-dir", type=absolute_path, metavar="DIR", default=HERE / "data" / "dogscats",
         help="folder that contains train/ and valid/ (default: data/dogscats)")
@@ -175,7 +175,7 @@ def start_run(parser):
     if args.sample:
         args.data_dir = args.data_dir / "sample" if (args.data_dir / "sample").is_dir() else HERE / "sample"
     if hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
-        # a path may contain what the console cannot print; and each line appears at once, also in a pipe
+        # a path may contain characters that the console cannot print; each line appears at once, even in a pipe
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     if not own_command_line:
         print("In a notebook, the options are --sample --show. To choose others, run this and then the cells again:\n"
@@ -212,7 +212,7 @@ def print_options(args):
 
 
 def banner(heading, seconds=None, pause=False):
-    """Print a heading of the lecture. If it has a time in the video, `seconds`, print a link, and `pause` waits for
+    """Print a heading of the lecture. If it has a time in the video, `seconds`, print a link and, if `pause`, wait for
     Enter."""
     print(f"\n{('=' if seconds else '-') * 80}\n{heading}")
     if seconds:
@@ -246,7 +246,7 @@ def progress(items, n_items, total, unit="images"):
 def load_image(path, rotate=False):
     """Return the RGB PIL image in a file, rotated according to its EXIF data if `rotate`. Raises UserError if it is
     damaged, not an image, larger than 89 million pixels, or has 32-bit pixels."""
-    advice = "replace it (by a JPEG, for example) or remove it" if os.path.exists(path) else "check the name"
+    advice = "replace it (with a JPEG, for example) or remove it" if os.path.exists(path) else "check the name"
     with on_error(path, "cannot be read as an image", advice), Image.open(path) as image:
         if rotate:
             image = ImageOps.exif_transpose(image)
@@ -295,7 +295,7 @@ def check_images(data_dir, remember):
         except UserError as error:
             return str(error)
 
-    print(f"checking that all {len(images):,} images can be read" + (" (once)" if remember else ""))
+    print(f"checking that all {len(images):,} images can be read" + (" (done once)" if remember else ""))
     with ThreadPool() as pool:
         problems = [text for text in progress(pool.imap(problem, images), len(images), len(images)) if text]
     if problems:
@@ -329,7 +329,7 @@ def temporary_folder(parent):
 
 
 def encode(name, content):
-    """Return the bytes of a file in the format that its name ends with."""
+    """Return the bytes of a file in the format given by the extension of its name."""
     buffer = io.BytesIO()  # in memory: on a full disk, torch.save and np.save raise all kinds of errors
     suffix = Path(name).suffix
     if suffix == ".npy":
@@ -415,7 +415,7 @@ def make_record(dsets, model=None):
 
 
 def differences(record, now):
-    """Return what differs between a record and the current one, such as "different train images", or "" if nothing
+    """Return what differs between a record and the current one, such as "different training images", or "" if nothing
     does."""
     changed = [name for name in now if record.get(name) != now[name]]
     return " and ".join(f"different {name}" if name.endswith("s") else f"a different {name}" for name in changed)

@@ -115,7 +115,7 @@ def test_the_script_downloads_unpacks_and_checks_the_dataset_only_once(server, t
     assert events[:3] == ["fsync", "dogscats.tgz", "dogscats"]  # safe on the disk before it gets its name
     printed = capsys.readouterr().out
     for line in (f"downloading {SIZE:,} bytes to {archive}\n", f"created {folder}; {archive} is no longer needed",
-                 "checking that all 12 images can be read (once)\n", "  train/cats                3 images\n"):
+                 "checking that all 12 images can be read (done once)\n", "  train/cats                3 images\n"):
         assert line in printed
     archive.unlink()
     run_here("01_data.py", *options, edits=edits)

@@ -134,7 +134,7 @@ def test_05_needs_results_that_fit(dataset, options, out, figures, capsys):
     (out / "04_all_proba.npy").unlink()
     assert re.search("04_all_proba.npy: missing.*: run python 04", message("05_analysis.py", *options))
     support.save(out, {"04_metrics.json": {"made_from": record}})
-    assert "script was stopped before its test: run python 04" in message("05_analysis.py", *options)
+    assert "script was stopped before its test was complete: run python 04" in message("05_analysis.py", *options)
     changed = {**record, "transform": "another", "validation images": "others"}
     for step in ("03", "04"):
         fake_results(out, dataset, PROBA_DOG, step=step, made_from=changed)

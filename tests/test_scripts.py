@@ -347,7 +347,7 @@ def test_views_confusion_histogram_and_summary_with_a_known_answer(tmp_path, fig
         assert bars.patches[0].get_label() == name
         assert [bar.get_height() for bar in bars] == np.histogram(p, bins=20, range=(0, 1))[0].tolist()
     true, printed = all_proba[range(12), [0] * 6 + [1] * 6], capsys.readouterr().out
-    for text in ["script 04, in the last epoch of training: 0.7500\naccuracy on 12 validation images: 0.5833\n",
+    for text in ["training accuracy in the last epoch (script 04): 0.7500\naccuracy on 12 validation images: 0.5833\n",
                  f"log loss                {-np.log(true).mean():.4f}  ",
                  f"log loss, clipped       {-np.log(true.clip(.005, .995)).mean():.4f}  ",
                  "cats predicted as dogs  2 of 6\n", "dogs predicted as cats  3 of 6\n"]:

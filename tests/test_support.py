@@ -187,7 +187,7 @@ def test_a_photo_that_is_not_usable_is_named_before_any_work(tmp_path, name, con
     else:
         content.save(tmp_path / name, **{"exif": b"Exif\0\0nonsense"} if name == "exif.png" else {})
     text = message("05_analysis.py", *options)
-    assert text.startswith(problem) and text.endswith("): replace it (by a JPEG, for example) or remove it")
+    assert text.startswith(problem) and text.endswith("): replace it (with a JPEG, for example) or remove it")
 
 
 @pytest.mark.parametrize("change, problem", [

@@ -35,7 +35,7 @@ def test_what_is_printed(lesson):
         ["(5, 512, 7, 7)\n", "(16, 512, 7, 7)\n", "the last layer continues from 03_head.pt"],
         [f"  {PHOTO}:\n    cats 0."]]
     following = [*(f", with the same options (--sample, --limit, ...): python {name}" for name in SCRIPTS[1:]),
-                 ": change a line and run it again; the README has exercises"]
+                 ": change a line and run the script again; the README has exercises"]
     for i, name in enumerate(SCRIPTS):
         for text in [f"options: sample=True data_dir={SAMPLE} ", f"\nDone. Next{following[i]}\n", *expected[i]]:
             assert text in lesson.printed[name]
