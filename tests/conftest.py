@@ -45,6 +45,7 @@ posix = pytest.mark.skipif(sys.modules.get("resource", os.name) in (None, "nt"),
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs the real VGG16 (553 MB); leave out with -m 'not slow'")
+    config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded, use of fork")  # Python 3.12, of torch's workers
 
 
 script = importlib.import_module  # a script as a module: its functions, without running its body

@@ -37,7 +37,8 @@ def test_what_is_printed(lesson):
     following = [*(f", with the same options (--sample, --limit, ...): python {name}" for name in SCRIPTS[1:]),
                  ": change a line and run the script again; the README has exercises"]
     for i, name in enumerate(SCRIPTS):
-        for text in [f"options: sample=True data_dir={SAMPLE} ", f"\nDone. Next{following[i]}\n", *expected[i]]:
+        options = f"options: sample=True data_dir={SAMPLE} output_dir={lesson.folder} seed=0 "
+        for text in [options, f"\nDone. Next{following[i]}\n", *expected[i]]:
             assert text in lesson.printed[name]
 
 
