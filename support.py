@@ -342,7 +342,7 @@ def encode(name, content):
         buffer.write(json.dumps(content, indent=1, default=os.fspath).encode())
     else:
         buffer.write(content.encode())
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
 def save(folder, files):
