@@ -69,7 +69,7 @@ def plot_histogram(all_proba, all_classes, title):
     plt.yscale("symlog")
     plt.gca().yaxis.set_major_formatter("{x:.0f}")
     plt.gca().set(xlabel="predicted probability of dog", ylabel="validation images (log scale)", title=title)
-    plt.legend(title="true class", loc="upper center")
+    plt.legend(title="true class", loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars
 
 
 def load_trained(args, step, metrics, dsets):
