@@ -18,8 +18,7 @@ def photos(tmp_path):
 
 
 def results_of(script, device, photos, folder):
-    options = ["--data-dir", photos, "--output-dir", folder, "--device", device, "--epochs", 1, "--lr", 0]
-    run_here(script, *options)
+    run_here(script, "--data-dir", photos, "--output-dir", folder, "--device", device, "--epochs", 1, "--lr", 0)
     return folder
 
 
