@@ -3,11 +3,9 @@ what survives if a run is stopped, a disk is full, or something has changed in b
 import io
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import types
 from pathlib import Path
@@ -208,7 +206,7 @@ def test_folders_are_checked_before_any_work(tmp_path, monkeypatch, name):
     """Not after hours of it. A student who starts in the middle is sent to the beginning."""
     options = ["--data-dir", tmp_path / "none", "--output-dir", tmp_path]
     assert f"error: {tmp_path / 'none' / 'train'} is missing: run python 01_data.py" in message(name, *options)
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda *args, **options: raise_(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *args, **options: raise_(PermissionError(13, "Permission denied")))
     assert f"error: {tmp_path}: cannot be written (Permission denied): check its permissions" in message(name, *options)
 
 
@@ -237,7 +235,7 @@ def test_workers_that_are_started_as_on_macos_and_windows(dataset, options, out,
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", arguments("05_analysis.py", [*options, "--submission", "--num-workers", 1]))
     (dataset / "test1").mkdir()
-    shutil.copy(PHOTO, dataset / "test1" / "1.jpg")
+    (dataset / "test1" / "1.jpg").write_bytes(PHOTO.read_bytes())
     fake_results(out, dataset, PROBA_DOG, model=vgg)
     capfd.readouterr()
     torch.multiprocessing.set_start_method("spawn", force=True)
