@@ -1,6 +1,6 @@
 """Measure the scripts against the lecture's own loops and against the bare network, side by side in one run.
 
-  python tests/benchmark.py        about ten minutes on 2 cores; prints a table in Markdown, asserts nothing
+  python tests/benchmark.py        10 to 25 minutes on 2 cores; prints a table in Markdown, asserts nothing
 
 It makes photo-sized JPEGs and a VGG16 with seeded random weights (speed does not depend on their values), in a
 temporary folder. What is compared runs in turns, ROUNDS times, so that a noisy machine disturbs both sides alike; the
