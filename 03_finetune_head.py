@@ -6,10 +6,12 @@ https://youtu.be/ZhC-DIrCe6A?t=2755) and "Training the fully connected module" (
   python 03_finetune_head.py --sample    24 images, a few seconds
   python 03_finetune_head.py             all 25,000 images: minutes on a GPU, hours on a CPU
 
-Reads the dataset. Writes to the output folder: 03_blocks.png, 03_head.pt, 03_predictions.npy, 03_all_proba.npy,
-03_all_classes.npy, 03_metrics.json, 03_training.png and 03_valid_batch.png.
+Reads the dataset. Writes to the output folder 03_head.pt (state dict of the last layer), 03_predictions.npy (M,),
+03_all_proba.npy (M, 2) and 03_all_classes.npy (M,) for M validation images, 03_metrics.json (options, losses,
+accuracies, seconds), 03_blocks.png, 03_training.png and 03_valid_batch.png.
 """
-# %% Options. Some imports are not used below: they are needed for commands typed in the video.
+# %% Imports and options. Imports that the script does not use are there so that you can type the video's commands.
+from support.run import banner, number, option_parser, print_options, start_run  # first: it checks the environment
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -19,34 +21,8 @@ from torchvision import datasets, models, transforms
 
 from common import (four_of_each, get_weights, imshow, load_data, load_vgg16, plot_training, save_figure, save_results,
                     show_predictions, test_model, to_device, train_model)
-from support import banner, make_record, number, option_parser, print_options, start_run
-
-
-@torch.inference_mode()
-def show_blocks(model, image, heading):
-    """For one image (3, 224, 224), print each block's output shape and number of parameters. Draw the image, and the
-    mean over the channels after each of the five blocks of convolutions, like the lecture's diagram."""
-    blocks = [("2 convolutions, pooling", model.features[:5]), ("2 convolutions, pooling", model.features[5:10]),
-              ("3 convolutions, pooling", model.features[10:17]), ("3 convolutions, pooling", model.features[17:24]),
-              ("3 convolutions, pooling", model.features[24:]),
-              ("dense", nn.Sequential(model.avgpool, nn.Flatten(), model.classifier[:2])),  # avgpool keeps 7 x 7
-              ("dense", model.classifier[3:5]), ("dense", model.classifier[6])]
-    plt.figure(figsize=(15, 3.6), layout="constrained")
-    plt.suptitle(heading)
-    plt.subplot(1, 6, 1)
-    imshow(image, "input")
-    print("\neach block: output shape for one image, and number of parameters")
-    x = image[None]  # (1, 3, 224, 224)
-    for i, (name, block) in enumerate(blocks, 1):
-        x = block(x)
-        shape = " x ".join(str(length) for length in x.shape[1:])
-        n_params = sum(param.numel() for param in block.parameters())
-        print(f"  block {i}: {name:<24} {shape:<15} {n_params:11,}")
-        if i <= 5:
-            plt.subplot(1, 6, i + 1)
-            plt.imshow(x[0].mean(dim=0).numpy())  # the mean over the channels, from dark blue (low) to yellow (high)
-            plt.gca().set(xticks=[], yticks=[], title=f"block {i}", xlabel=f"{shape}\n{n_params:,} parameters")
-
+from support.images import load_image
+from support.records import make_record
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
@@ -63,14 +39,44 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     note = " (untrained weights)" if args.weights == "untrained" else ""
 
 # %% Modifying the last layer and setting the gradient false to all layers
-    banner("Modifying the last layer and setting the gradient false to all layers", 2755, args.pause)
+    banner("Modifying the last layer and setting the gradient false to all layers", "0:45:55", args.pause)
     model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py
     print(model_vgg)
 
-    # Convolutions detect small patterns anywhere in the image. Pooling halves width and height, so small shifts matter
-    # less. Dense layers (Linear) combine patterns from the whole image; the first one contains 103 million of
-    # the 138 million parameters.
-    show_blocks(model_vgg, dsets["valid"][0][0], f"A validation image after each block of VGG16{note}")
+    # The lecture's picture of VGG16. Convolutions detect small patterns anywhere in the image. Pooling, at the end of
+    # each of the first blocks, halves width and height, so small shifts matter less. Dense layers (Linear) combine
+    # patterns from the whole image; the first one contains 103 million of the 138 million parameters.
+    blocks = []
+    start = 0
+    for i, layer in enumerate(model_vgg.features):
+        if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
+            blocks.append(model_vgg.features[start:i + 1])  # a slice: not a copy, but the same layers
+            start = i + 1
+    n_drawn = len(blocks)  # 5
+    # The dense layers. avgpool changes nothing here: its input is already 7 x 7.
+    blocks += [nn.Sequential(model_vgg.avgpool, nn.Flatten(), model_vgg.classifier[:2]),
+               model_vgg.classifier[3:5], model_vgg.classifier[6]]
+    large = [i for i in range(min(dset_sizes["valid"], 20)) if min(load_image(dsets["valid"].imgs[i][0]).size) >= 224]
+    image, _ = dsets["valid"][large[0] if large else 0]  # (3, 224, 224), if possible without black borders
+    plt.figure(figsize=(15, 3.6), layout="constrained")
+    plt.suptitle(f"A validation image after each block of VGG16{note}")
+    plt.subplot(1, n_drawn + 1, 1, anchor="N")
+    imshow(image, "input")
+    print("\neach block: output shape for one image, and number of parameters")
+    x = image[None]  # the network expects a batch; [None] makes a batch of one: (1, 3, 224, 224)
+    model_vgg.eval()
+    for i, block in enumerate(blocks, 1):
+        with torch.inference_mode():
+            x = block(x)
+        shape = " x ".join(str(length) for length in x.shape[1:])
+        n_convolutions = sum(isinstance(layer, nn.Conv2d) for layer in block.modules())
+        name = f"{n_convolutions} convolutions, pooling" if n_convolutions else "dense"
+        n_params = sum(param.numel() for param in block.parameters())
+        print(f"  block {i}: {name:<24} {shape:<15} {n_params:11,}")
+        if i <= n_drawn:
+            plt.subplot(1, n_drawn + 1, i + 1, anchor="N")
+            plt.imshow(x[0].mean(dim=0).numpy())  # the mean over the channels, from dark blue (low) to yellow (high)
+            plt.gca().set(xticks=[], yticks=[], title=f"block {i}", xlabel=f"{shape}\n{n_params:,} parameters")
     save_figure(args.output_dir / "03_blocks.png", args.show)
 
     # Freeze all parameters: they get no gradients, so training never changes them.
@@ -78,19 +84,22 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         param.requires_grad = False
     # Keep all layers but the last, which is classifier[6] in the printout above; replace it with a new layer that has 2
     # outputs instead of 1,000. (The old layer's 4.1 million weights, for ImageNet's classes, are discarded.)
+    # Before you read on: how many parameters does the new layer have?
     torch.manual_seed(args.seed)  # the new layer starts from random weights
     model_vgg.classifier[6] = nn.Linear(4096, 2)
-    # LogSoftmax turns the outputs into log-probabilities, which NLLLoss expects.
+    # LogSoftmax is the logarithm of 02's Softmax. NLLLoss, below, expects these log-probabilities.
     model_vgg.classifier.append(nn.LogSoftmax(dim=1))
     print("\nthe classifier with its new last layer:", model_vgg.classifier, sep="\n")
     n_trainable = sum(param.numel() for param in model_vgg.parameters() if param.requires_grad)
     n_frozen = sum(param.numel() for param in model_vgg.parameters() if not param.requires_grad)
-    print(f"trainable parameters: {n_trainable:,} (2 x 4096 weights + 2 biases); frozen: {n_frozen:,}")
+    n_outputs = model_vgg.classifier[6].out_features
+    print(f"trainable parameters: {n_trainable:,} ({n_outputs} x 4096 weights + {n_outputs} biases); "
+          f"frozen: {n_frozen:,}")
 
     model_vgg = to_device(model_vgg, device, args.bf16)
 
 # %% Training the fully connected module
-    banner("Training the fully connected module", 2990, args.pause)
+    banner("Training the fully connected module", "0:49:50", args.pause)
 
 # %% Creating loss function and optimizer
     banner("Creating loss function and optimizer")
@@ -102,13 +111,19 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
 # %% Training the model
     banner("Training the model")
-    # train_model and test_model are the lecture's functions: read them in common.py. An epoch uses every training image
-    # once, in batches; each batch gives one update of the parameters. The accuracy of an epoch is measured during
-    # training, with dropout on, so the validation accuracy can be higher. On all images, expect about 98% (README).
+    # An epoch uses every training image once, in batches; each batch gives one update of the parameters. The accuracy
+    # of an epoch is measured during training, with dropout on, so the validation accuracy can be higher. On the full
+    # dataset, expect a validation accuracy of about 98% (see the README).
     before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}  # a copy of all parameters
+
+    def after_epoch(history):  # save what is done, in case the run is stopped
+        record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # what the results depend on: see support/
+        save_results(args, "03", model_vgg, record, history)
+
     torch.manual_seed(args.seed)  # for shuffling and dropout
+    # The lecture's function is in common.py: search for def train_model. Its last two arguments are not the lecture's.
     history = train_model(model_vgg, loader_train, size=dset_sizes["train"], epochs=args.epochs,
-                          optimizer=optimizer_vgg, criterion=criterion)
+                          optimizer=optimizer_vgg, criterion=criterion, after_epoch=after_epoch)
 
     # Check: which parameters changed?
     changed = {"frozen": 0, "trainable": 0}
@@ -119,9 +134,10 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         total[kind] += param.numel()
     for kind in ["frozen", "trainable"]:
         print(f"{kind}: {changed[kind]:,} of {total[kind]:,} parameters changed")
-    record = make_record(dsets, model_vgg)  # what the results depend on: later scripts check that it is the same
+    record = make_record(dsets, model_vgg, model_vgg.classifier[6])
     save_results(args, "03", model_vgg, record, history)  # save now, in case the test stops at a damaged image
 
+    # Also in common.py: search for def test_model.
     predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes["valid"])
     metrics = save_results(args, "03", model_vgg, record, history, (predictions, all_proba, all_classes))
 
@@ -132,9 +148,10 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     classes = torch.tensor([dsets["valid"].targets[i] for i in idx])
     with torch.inference_mode():
         outputs = model_vgg(inputs.to(device))  # (8, 2)
-    print(f"\nprobabilities of cat and dog for {len(idx)} images, torch.exp(outputs):", torch.exp(outputs), sep="\n")
+    print(f"\nprobabilities of {' and '.join(dset_classes)} for {len(idx)} images, torch.exp(outputs):")
+    print(torch.exp(outputs))
     print("their classes:", classes)
-    show_predictions(inputs, [dsets["valid"].imgs[i][0] for i in idx], classes, torch.exp(outputs).cpu(),
+    show_predictions(inputs, [dsets["valid"].imgs[i][0] for i in idx], classes, all_proba[idx],
                      f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "03_valid_batch.png", args.show)
 
@@ -143,8 +160,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
     n_updates = args.epochs * len(loader_train)
     if args.sample and n_updates < 10:
-        print(f"\nupdates: {n_updates}, on {dset_sizes['train']} images. The code works, but the model has learned "
+        print(f"\nOnly {n_updates} updates, on {dset_sizes['train']} images: the code works, but the model has learned "
               "almost nothing.")
         untrained = " --weights untrained --lr 0.1" if note else ""
-        print(f"To see it learn: python 04_precompute.py --sample --layer fc7{untrained}")
+        print(f"To see it learn: python 04_precompute.py --sample --layer fc7 --epochs 200{untrained}")
     print(f"\nDone{note}. Next, with the same options (--sample, --limit, ...): python 04_precompute.py")

@@ -4,14 +4,16 @@ The lecture's "Speeding up the learning by precomputing features" (video from 0:
 https://youtu.be/ZhC-DIrCe6A?t=3460).
 
   python 04_precompute.py --sample                     24 images, a few seconds
-  python 04_precompute.py --limit 1000 --layer fc7     minutes on a CPU; accuracy close to the lecture's
+  python 04_precompute.py --limit 1000 --layer fc7     1,000 images: minutes on a CPU
   python 04_precompute.py                              all 25,000 images; if interrupted, run it again to resume
 
-Reads the dataset, and the results of 03_finetune_head.py if there are any. Writes to the output folder:
-conv_feat_train.npy and conv_feat_valid.npy (2.5 GB for all images; with --layer fc7: fc7_feat_*.npy, 0.4 GB),
-labels_train.npy, labels_valid.npy, and the same files as 03 (04_head.pt, ...), except 03_blocks.png.
+Reads the dataset, and the results of 03_finetune_head.py if there are any. Writes to the output folder
+conv_feat_train.npy (N, 512, 7, 7) and conv_feat_valid.npy (M, 512, 7, 7) for N training and M validation images (2.5 GB
+for all; with --layer fc7: fc7_feat_train.npy (N, 4096) and fc7_feat_valid.npy (M, 4096), 0.4 GB), labels_train.npy,
+labels_valid.npy, and the same files as 03 (04_head.pt, ...), except 03_blocks.png.
 """
-# %% Options. Some imports are not used below: they are needed for commands typed in the video.
+# %% Imports and options. Imports that the script does not use are there so that you can type the video's commands.
+from support.run import banner, number, option_parser, print_options, start_run  # first: it checks the environment
 import math
 
 import matplotlib.pyplot as plt
@@ -23,9 +25,12 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import datasets, models, transforms
 
 from common import (four_of_each, freeze_and_replace_head, get_weights, imshow, load_data, load_state, load_vgg16,
-                    plot_training, save_figure, save_results, show_predictions, test_model, to_device, train_model)
-from support import (IMAGES, FeatureFile, banner, differences, load, make_record, number, option_parser, print_options,
-                     progress, save, start_run)
+                    log_loss, plot_training, save_figure, save_results, show_predictions, test_model, to_device,
+                    train_model)
+from support.features import FeatureFile
+from support.files import load, save
+from support.progress import progress
+from support.records import differences, make_record
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__)
@@ -44,19 +49,22 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     note = " (untrained weights)" if args.weights == "untrained" else ""
 
 # %% Speeding up the learning by precomputing features
-    banner("Speeding up the learning by precomputing features", 3460, args.pause)
+    banner("Speeding up the learning by precomputing features", "0:57:40", args.pause)
     model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py
     torch.manual_seed(args.seed)
     model_vgg = to_device(freeze_and_replace_head(model_vgg), device, args.bf16)  # as in 03_finetune_head.py
-    record = make_record(dsets, model_vgg)
+    record = make_record(dsets, model_vgg, model_vgg.classifier[6])
 
-    # Note: frozen layers give the same output for an image in every epoch, so run them only once. (common.py explains
-    # the letters in the shapes.)
+    # Note: without dropout, frozen layers give the same output for an image in every epoch, so they need to run only
+    # once. Before you read on: how many numbers are the features of one image? (The letters in the shapes are explained
+    # in common.py.)
     if args.layer == "conv":
-        frozen, trained = model_vgg.features, model_vgg.classifier  # avgpool, between them, keeps the size 7 x 7
+        # avgpool changes nothing here, because its input is already 7 x 7; the lecture leaves it out.
+        frozen, trained = nn.Sequential(model_vgg.features, model_vgg.avgpool), model_vgg.classifier
     else:
         # The frozen dense layers run only once too, without dropout. VGG16's authors call its three dense layers fc6,
-        # fc7 and fc8. Only fc8, the last one, is left to train: a simple logistic regression.
+        # fc7 and fc8. Only fc8, the last one, is left to train. A dense layer and LogSoftmax on fixed features: that is
+        # a logistic regression. ([:6] is not a copy: a slice of a Sequential shares its layers.)
         frozen = nn.Sequential(model_vgg.features, model_vgg.avgpool, nn.Flatten(), model_vgg.classifier[:6])
         trained = model_vgg.classifier[6:]
     frozen.eval()
@@ -65,6 +73,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     with torch.inference_mode():
         x_try = frozen(inputs_try)
     print("features of the first batch, x_try.shape:", tuple(x_try.shape))  # (5, 512, 7, 7) or (5, 4096)
+    print(f"numbers for one image: {x_try[0].numel():,} (the image itself: {inputs_try[0].numel():,})")
 
     @torch.inference_mode()
     def preconvfeat(dataloader):
@@ -86,9 +95,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     batch_size = 8 if device.type == "cpu" else 64  # on a CPU, larger batches are slower and need more memory
     conv_feat = {}
     for x in ["train", "valid"]:
-        # What these features depend on: if any of it changes, they are computed again.
-        parts = ["transform", IMAGES[x], "frozen layers", "precision"]
-        made_from = {name: record[name] for name in parts} | {"network": str(frozen)}
+        made_from = make_record({x: dsets[x]}, frozen)  # if any of this changes, the features are computed again
         file = FeatureFile(args.output_dir / f"{args.layer}_feat_{x}.npy", (dset_sizes[x], *x_try.shape[1:]), made_from,
                            batch_size)
         remaining = Subset(dsets[x], range(file.done, dset_sizes[x]))  # skip what an earlier run has computed
@@ -106,14 +113,16 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
 # %% Creating a new data generator
     banner("Creating a new data generator")
-    # The training loads no images. Don't worry if these lines are unclear: they only make batches of the saved
-    # features, flattened from (N, 512, 7, 7) to (N, 25088).
+    # From here on, no images are loaded: the training uses the features. Don't worry if these lines are unclear: they
+    # only make batches of the saved features, flattened from (N, 512, 7, 7) to (N, 25088).
     datasetfeat_train = TensorDataset(torch.from_numpy(conv_feat_train).flatten(1), torch.from_numpy(labels_train))
     loaderfeat_train = DataLoader(datasetfeat_train, batch_size=args.batch_size, shuffle=True)
     datasetfeat_valid = TensorDataset(torch.from_numpy(conv_feat_valid).flatten(1), torch.from_numpy(labels_valid))
-    loaderfeat_valid = DataLoader(datasetfeat_valid, batch_size=args.batch_size, shuffle=False)
+    # A random generator of its own: the tests after each epoch must not change the random numbers of the training.
+    loaderfeat_valid = DataLoader(datasetfeat_valid, batch_size=args.batch_size, generator=torch.Generator())
 
-    # As in the lecture, the training continues with 03's last layer, if 03 used the same images and frozen layers.
+    # As in the lecture, the training starts from the last layer that 03 trained, if 03 used the same images and frozen
+    # layers.
     path_03 = args.output_dir / "03_metrics.json"
     metrics_03 = load(path_03, "run python 03_finetune_head.py again") if path_03.exists() else None
     if metrics_03 is None:
@@ -122,9 +131,15 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         print(f"the last layer starts from random weights: 03_head.pt was trained with {changed}")
         metrics_03 = None
     else:
-        print("the last layer continues from 03_head.pt, trained on the same images with the same frozen layers")
+        print("the last layer starts from 03_head.pt, trained on the same images with the same frozen layers")
         load_state(model_vgg.classifier[6], args.output_dir / "03_head.pt", "run python 03_finetune_head.py again")
         model_vgg.to(device)  # load_state leaves the new parameters on the CPU
+
+    def after_epoch(history):  # test, to see when overfitting begins, and save what is done
+        predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"])
+        history[-1]["valid_loss"] = log_loss(all_proba, all_classes)
+        history[-1]["valid_accuracy"] = np.mean(predictions == all_classes)
+        save_results(args, "04", model_vgg, {}, history)  # without a record: the run is not complete
 
     # 50 epochs here, only 2 in 03: on features, an epoch takes a fraction of the time (see below). As in 03, the
     # optimizer receives only the last layer's parameters.
@@ -132,18 +147,19 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     optimizer_vgg = torch.optim.SGD(model_vgg.classifier[6].parameters(), lr=args.lr)
     torch.manual_seed(args.seed)  # for shuffling and dropout
     history = train_model(trained, loaderfeat_train, size=dset_sizes["train"], epochs=args.epochs,
-                          optimizer=optimizer_vgg, criterion=criterion)
+                          optimizer=optimizer_vgg, criterion=criterion, after_epoch=after_epoch)
 
     predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"])
-    record = make_record(dsets, model_vgg)  # again, because your edits may have changed other layers too
+    record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # again: your edits may have changed other layers
     metrics = save_results(args, "04", model_vgg, record, history, (predictions, all_proba, all_classes))
 
     # The time gained by precomputing. If an earlier run computed the features, their .json file contains its speed.
-    on_features = metrics["seconds_per_epoch"]
     speed = load(args.output_dir / f"{args.layer}_feat_train.json", "run this script again")["images_per_second"]
-    print(f"\nan epoch on features: {on_features:.3f} s")
-    if metrics_03 and speed:
-        on_images = metrics_03["seconds_per_epoch"]
+    on_images = metrics_03.get("seconds_per_epoch") if metrics_03 else None
+    on_features = metrics.get("seconds_per_epoch")
+    if on_features:
+        print(f"\nan epoch on features: {on_features:.3f} s")
+    if on_features and on_images and speed:
         once = dset_sizes["train"] / speed
         print(f"an epoch on images, in 03_finetune_head.py: {on_images:.3f} s")
         print(f"computing the features of the training images, once: {once:.1f} s", end="")
@@ -159,4 +175,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     show_predictions([dsets["valid"][i][0] for i in idx], [dsets["valid"].imgs[i][0] for i in idx], all_classes[idx],
                      all_proba[idx], f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "04_valid_batch.png", args.show)
+    if args.sample and note and args.layer == "conv":
+        print("\nThe untrained network has learned almost nothing in this time. To see it learn:\n"
+              "python 04_precompute.py --sample --layer fc7 --epochs 200 --weights untrained --lr 0.1")
     print(f"\nDone{note}. Next, with the same options (--sample, --limit, ...): python 05_analysis.py")

@@ -1,7 +1,8 @@
 """Code shared by the five scripts: transforms, imshow, VGG16 and its new last layer, training, testing, the device,
-loading data, figures. Code that is not part of the lecture, such as options and error messages, is in support.py.
+loading data, figures. Code that is not part of the lecture, such as options and error messages, is in support/.
 
-Letters in shapes: B images in a batch, N training images, M validation images, H x W pixels."""
+Letters in shapes: B images in a batch, N training images, M validation images, C classes, H x W pixels."""
+import os
 import time
 from pathlib import Path
 
@@ -11,10 +12,15 @@ import torch
 from torch import nn
 from torchvision import datasets, models, transforms
 
-from support import (UserError, absolute_path, check_folder, download, fingerprint, load, load_image, on_error,
-                     progress, save)
+from support.download import download
+from support.errors import UserError, on_error
+from support.files import load, save
+from support.images import check_folders, load_image
+from support.progress import progress
+from support.records import describe, differences, make_record
 
-CLASSES = ["cats", "dogs"]  # labels 0 and 1
+CLASSES = sorted(["cats", "dogs"])  # labels 0 and 1: ImageFolder numbers the folders in alphabetical order
+ANIMALS = [name.removesuffix("s") for name in CLASSES]  # the class of a single image: cat, dog
 
 # Mean and standard deviation of red, green and blue in ImageNet, the set of photos that VGG16 was trained on.
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -52,110 +58,136 @@ def imshow(image, title=None):
 def load_vgg16(weights):
     """Return torchvision's VGG16. weights: "imagenet", "untrained" (random, always the same) or a .pth file. Raises
     UserError if the file is missing, damaged, or belongs to a different network."""
-    if weights == "untrained":
-        torch.manual_seed(0)
-        return models.vgg16()
-    with torch.device("meta"):  # skip random initialization: it would be overwritten anyway
-        model = models.vgg16()
+    torch.manual_seed(0)
+    with torch.device("cpu" if weights == "untrained" else "meta"):  # meta: skip the random numbers, which the file
+        model = models.vgg16()                                       # would replace anyway
     if weights == "imagenet":
-        return load_state(model, IMAGENET_FILE, "delete it if it exists, and run this script again")
-    return load_state(model, Path(weights), "give a different file to --weights")
+        return load_state(model, IMAGENET_FILE, "delete it, and run this script again")
+    if weights != "untrained":
+        return load_state(model, Path(weights), "give a different file to --weights")
+    return model
 
 
 def load_state(module, path, advice):
-    """Return the module with the parameters from a state dict file. Raises UserError unless names and shapes match."""
+    """Return the module with the parameters from a state dict file. Raises UserError if the file is missing or damaged
+    (advice: what to do then), or was saved from a different network."""
     state_dict = load(path, advice)
-    with on_error(path, f"does not contain the layers of this {type(module).__name__}", advice):
+    with on_error(path, f"is for a different network, not for this {type(module).__name__}",
+                  "use a file that was saved from this network, or train again (--weights untrained needs no file)"):
         module.load_state_dict(state_dict, assign=True)
+    if not all(value.isfinite().all() for value in module.parameters()):
+        raise UserError(f"{path}: contains numbers that are not finite: {advice}")
     return module.float()
 
 
 def freeze_and_replace_head(model):
-    """Freeze VGG16 and replace its last layer with a new one for 2 classes. Explained in 03_finetune_head.py."""
+    """Freeze VGG16 and replace its last layer with a new one for CLASSES. Explained in 03_finetune_head.py."""
     for param in model.parameters():
         param.requires_grad = False
-    model.classifier[6] = nn.Linear(4096, 2)
+    model.classifier[6] = nn.Linear(4096, len(CLASSES))
     model.classifier.append(nn.LogSoftmax(dim=1))
     return model
 
 
 # --------------------------------------------------------------------------------------------------- train and test
-def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.NLLLoss()):
+# In the video: 0:49:50
+def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.NLLLoss(), after_epoch=None):
     """Train on `size` images, in batches (inputs, classes). Only the optimizer's parameters change. For each epoch,
-    print and return mean loss per image and accuracy, both measured during training, and the time in seconds."""
-    model.train()  # switches dropout on: it sets a random half of a dense layer's outputs to 0, to reduce overfitting
+    print and return the mean loss per image and the accuracy, both measured during training, and the time in seconds.
+    After each epoch, call after_epoch(history), if it is given. Raises UserError if the loss is not a number."""
     device = next(model.parameters()).device
     non_blocking = device.type == "cuda"  # copy in the background (on MPS, data could be used before it arrives)
     history = []
     for epoch in range(1, epochs + 1):  # an epoch: every image is used once
+        model.train()  # switches dropout on: a random half of a dense layer's outputs become 0, against overfitting
         start = time.perf_counter()
         running_loss = 0.0
         running_corrects = 0
         for inputs, classes in progress(dataloader, len(dataloader), size):  # a batch: B images, processed together
             inputs = inputs.to(device, non_blocking=non_blocking)  # (B, 3, 224, 224), or (B, ...) features
             classes = classes.to(device, non_blocking=non_blocking)  # (B,)
-            outputs = model(inputs)  # (B, 2) log-probabilities
+            outputs = model(inputs)  # (B, C) log-probabilities
             loss = criterion(outputs, classes)  # mean over the batch
             # An update, the heart of the training:
             optimizer.zero_grad()  # clear the gradients of the previous batch
             loss.backward()  # compute new ones: how the loss changes with each trainable parameter
             optimizer.step()  # change each parameter a little, so that the loss gets smaller
             preds = outputs.argmax(dim=1)  # the predicted class: the one with the highest probability
-            # Statistics. The loss is a mean over the batch: multiply by the batch size here, and divide by the dataset
-            # size below. Both sums stay on the device: .item() here would make the CPU wait for the GPU in every batch.
+            # Statistics. `loss` is already a mean over the batch: multiply by the batch size here, and divide by the
+            # dataset size below. The lecture forgets to multiply: its losses are about 64 times smaller in 03, which
+            # has batches of 64, 5 times in the test, and 128 times in 04.
+            # Both sums stay on the device: .item() here would make the CPU wait for the GPU in every batch.
             running_loss += loss.detach() * len(classes)
             running_corrects += (preds == classes).sum()
         epoch_loss = running_loss.item() / size
         epoch_acc = running_corrects.item() / size
         seconds = time.perf_counter() - start
+        if not np.isfinite(epoch_loss):
+            raise UserError(f"the training loss is {epoch_loss}: use a smaller --lr")
         print(f"epoch {epoch:2}/{epochs}  loss {epoch_loss:.4f}  accuracy {epoch_acc:.4f}  {seconds:.2f} s")
         history.append({"loss": epoch_loss, "accuracy": epoch_acc, "seconds": seconds})
+        if after_epoch:
+            after_epoch(history)
     return history
 
 
 TINY = np.finfo(np.float64).tiny  # the smallest probability used: 0 would make the loss infinite
-LOG_OF_TINY = np.log(TINY)  # -708.4
 
 
+def to_log_proba(outputs):
+    """Return log-probabilities (B, C), float64 on the CPU: the outputs of a network that ends with LogSoftmax or, if it
+    does not, as for CrossEntropyLoss, the logarithm of their softmax. Raises UserError if some are NaN (no number)."""
+    outputs = outputs.cpu().double()
+    if outputs.isnan().any():
+        raise UserError("the network's outputs are NaN (not a number): use a smaller --lr, or different weights")
+    if not torch.allclose(outputs.exp().sum(dim=1), torch.ones(len(outputs), dtype=torch.float64), atol=0.01):
+        outputs = outputs.log_softmax(dim=1)
+    return outputs.clamp(min=np.log(TINY))  # -708.4
+
+
+# In the video: 0:49:50, after train_model
 @torch.inference_mode()  # no gradients: testing changes nothing
 def test_model(model, dataloader, size, criterion=nn.NLLLoss()):
-    """Test on `size` images, print mean loss and accuracy, and return, in the order of the dataloader, predictions
-    (size,) int64, all_proba (size, 2) float64 probabilities and all_classes (size,) int64."""
+    """Test on `size` images, print the mean loss and the accuracy, and return, in the order of the dataloader,
+    predictions (size,) int64, all_proba (size, C) float64 probabilities and all_classes (size,) int64."""
     model.eval()  # switches dropout off
     device = next(model.parameters()).device
     predictions = np.zeros(size, dtype=np.int64)
     all_classes = np.zeros(size, dtype=np.int64)
-    all_proba = np.zeros((size, 2))
+    all_proba = []
     i = 0
     running_loss = 0.0
     running_corrects = 0
     for inputs, classes in progress(dataloader, len(dataloader), size):
-        outputs = model(inputs.to(device)).cpu()  # (B, 2) log-probabilities
-        outputs = outputs.double().clamp(min=LOG_OF_TINY)  # float64
+        outputs = to_log_proba(model(inputs.to(device)))  # (B, C) float64, on the CPU
         preds = outputs.argmax(dim=1)
         running_loss += criterion(outputs, classes).item() * len(classes)
         running_corrects += (preds == classes).sum().item()
         predictions[i:i + len(classes)] = preds.numpy()
         all_classes[i:i + len(classes)] = classes.numpy()
-        all_proba[i:i + len(classes)] = outputs.exp().numpy()  # probabilities; the lecture keeps their logarithms
+        all_proba.append(outputs.exp().numpy())  # probabilities; the lecture keeps their logarithms
         i += len(classes)
     print(f"test on {size:,} images  loss {running_loss / size:.4f}  accuracy {running_corrects / size:.4f}")
-    return predictions, all_proba, all_classes
+    return predictions, np.concatenate(all_proba), all_classes
 
 
 def log_loss(all_proba, all_classes):
     """Return the mean of -log(p), where p is the probability of an image's true class: NLLLoss, and Kaggle's score."""
-    p = np.where(np.asarray(all_classes) == 0, all_proba[:, 0], all_proba[:, 1])
+    p = all_proba[np.arange(len(all_classes)), all_classes]
     return float(-np.log(p.clip(TINY)).mean())
 
 
 def save_results(args, step, model, record, history, results=()):
-    """Save the last layer, how it was trained and, after the test, the results of test_model. Return the metrics."""
+    """Save the last layer, how it was trained and, after the test, the results of test_model. Return the metrics. During
+    the training, when there are no results, this is quick, and the metrics are marked as incomplete."""
+    history = history or []  # None: from a train_model that returns nothing, such as the lecture's
     metrics = {"options": vars(args), "weights": args.weights, "pretrained": args.weights != "untrained",
-               "dataset": args.data_dir, "made_from": record,
-               "seconds_per_epoch": np.mean([epoch["seconds"] for epoch in history]),
-               "train_loss": [epoch["loss"] for epoch in history],
-               "train_accuracy": [epoch["accuracy"] for epoch in history]}
+               "dataset": args.data_dir, "made_from": record, "complete": len(results) > 0}
+    if history:
+        metrics["seconds_per_epoch"] = np.mean([epoch["seconds"] for epoch in history])
+        names = {"loss": "train_loss", "accuracy": "train_accuracy", "valid_loss": "valid_loss_per_epoch",
+                 "valid_accuracy": "valid_accuracy_per_epoch"}
+        metrics |= {names[key]: [epoch[key] for epoch in history] for key in names if key in history[0]}
     files = {f"{step}_head.pt": {name: value.cpu() for name, value in model.classifier[6].state_dict().items()}}
     if results:
         predictions, all_proba, all_classes = results
@@ -163,17 +195,42 @@ def save_results(args, step, model, record, history, results=()):
         metrics["valid_accuracy"] = np.mean(predictions == all_classes)
         files |= {f"{step}_predictions.npy": predictions, f"{step}_all_proba.npy": all_proba,
                   f"{step}_all_classes.npy": all_classes}
-    save(args.output_dir, {**files, f"{step}_metrics.json": metrics})
+    during = not results
+    save(args.output_dir, {**files, f"{step}_metrics.json": metrics}, quiet=during, fsync=not during)
     return metrics
+
+
+def load_results(args, step, dsets):
+    """Return metrics, predictions (M,), all_proba (M, C) and all_classes (M,) of script 03 or 04. Raises UserError if
+    they are missing, incomplete, or were made from different images or with a different transform."""
+    again = f"run python {'03_finetune_head.py' if step == '03' else '04_precompute.py'} with the same options"
+    path = args.output_dir / f"{step}_metrics.json"
+    metrics = load(path, again)
+    if not metrics.get("complete"):
+        n_epochs = len(metrics.get("train_loss", []))
+        raise UserError(f"{path}: incomplete: the script was stopped after {n_epochs} epochs, before its test: {again}")
+    now = make_record({"valid": dsets["valid"]})  # the predictions can be shown without the training images
+    if changed := differences(metrics.get("made_from", {}), now):
+        raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with {changed}: {again}")
+    if args.weights in ("imagenet", "untrained") and args.weights != metrics["weights"]:
+        raise UserError(f"--weights {args.weights}: script {step} used {metrics['weights']}: omit --weights")
+    predictions = load(args.output_dir / f"{step}_predictions.npy", again)
+    all_proba = load(args.output_dir / f"{step}_all_proba.npy", again)
+    all_classes = load(args.output_dir / f"{step}_all_classes.npy", again)
+    return metrics, predictions, all_proba, all_classes
 
 
 # ----------------------------------------------------------------------------------------------- weights and device
 def get_weights(weights, sample=False):
-    """Return "imagenet", "untrained" or the absolute path of a file. For "imagenet", download the file if it is
-    missing. If that fails, a run on the sample continues with "untrained"; any other run ends with a UserError."""
-    if weights == "imagenet" and not IMAGENET_FILE.exists():
+    """Return "imagenet", "untrained" or the path of a file. For "imagenet", download the file if it is missing. If that
+    fails, a run on the sample continues with "untrained"; any other run ends with a UserError."""
+    if weights == "imagenet":
         try:
-            download([IMAGENET.url], IMAGENET_FILE, IMAGENET_SIZE, ["sha256", "397923af"])
+            if not os.path.exists(IMAGENET_FILE):
+                download([os.environ.get("VGG16_URL", IMAGENET.url)], IMAGENET_FILE, IMAGENET_SIZE,
+                         ["sha256", "397923af"])
+            with on_error(IMAGENET_FILE, "cannot be read"), open(IMAGENET_FILE, "rb"):
+                pass
         except UserError as error:
             if not sample:
                 raise UserError(f"{error}, or use --weights FILE or --weights untrained") from error
@@ -182,7 +239,7 @@ def get_weights(weights, sample=False):
     if weights == "untrained":
         print("*" * 80, "NOTICE: untrained weights. VGG16 is random: the scripts run, but their predictions are",
               "meaningless, and the numbers below do not show how good the lecture's network is.", "*" * 80, sep="\n")
-    return weights if weights in ("imagenet", "untrained") else str(absolute_path(weights))
+    return weights
 
 
 def get_device(name="auto", bf16=False):
@@ -206,9 +263,12 @@ def get_device(name="auto", bf16=False):
             name = "cpu"
     if not can_compute(name):
         raise UserError(f"--device {name}: this version of PyTorch cannot use such a device here: use --device cpu")
-    if bf16 and (name == "mps" or (name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False))):
-        raise UserError(f"--bf16: {name} does not support bfloat16 here: omit it, or add --device cpu")
-    if bf16 and name == "cpu" and not torch.cpu._is_avx512_bf16_supported():  # get_cpu_capability() cannot tell
+    if bf16 and name == "mps":
+        raise UserError("--bf16: not tested on mps: omit it, or add --device cpu")
+    if bf16 and name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("--bf16: this GPU does not support bfloat16: omit it, or add --device cpu")
+    # a private function, because the public get_cpu_capability() does not report this
+    if bf16 and name == "cpu" and not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
         print("NOTICE: --bf16: this CPU has no AVX-512 BF16. Unless it is an Arm CPU with bfloat16, expect the run to "
               "be several times slower than without --bf16")
     return torch.device(name)
@@ -228,12 +288,13 @@ def to_device(model, device, bf16=False):
 
 # --------------------------------------------------------------------------------------------------------- the data
 def limit_images(dsets, n):
-    """Keep n training and 200 validation images, half of them cats, evenly spaced; all images if there are fewer."""
+    """Keep n training and 200 validation images, the same number of each class, taken at even intervals from the list;
+    all images if there are fewer."""
     for x, n_images in [("train", n), ("valid", 200)]:
         kept = []
-        for label in [0, 1]:
+        for label in range(len(CLASSES)):
             of_class = [sample for sample in dsets[x].samples if sample[1] == label]
-            n_class = min((n_images + label) // 2, len(of_class))  # if n is odd, one more dog
+            n_class = min((n_images + label) // len(CLASSES), len(of_class))  # if n is odd, one more dog
             kept += [of_class[i * len(of_class) // n_class] for i in range(n_class)]
         dsets[x].samples = dsets[x].imgs = kept  # ImageFolder has one list under both names
         dsets[x].targets = [label for _, label in kept]
@@ -242,13 +303,12 @@ def limit_images(dsets, n):
 def load_data(args, batch_size=64):
     """Do the steps of 01_data.py; return device, dsets, loader_train, loader_valid."""
     device = get_device(args.device, args.bf16)
-    for x in ["train", "valid"]:
-        check_folder(args.data_dir / x, CLASSES)
+    check_folders(args.data_dir, CLASSES)
     dsets = {x: datasets.ImageFolder(args.data_dir / x, imagenet_format, loader=load_image) for x in ["train", "valid"]}
     if args.limit:
         limit_images(dsets, args.limit)
     for x in dsets:
-        dsets[x].fingerprint = fingerprint(dsets[x])  # for make_record; now, as files may change later
+        dsets[x].record = describe(dsets[x], x)  # for make_record; computed now, as the files may change during the run
     print(f"{len(dsets['train']):,} training images, {len(dsets['valid']):,} validation images; device: {device}")
     workers = args.num_workers
     if workers is None:  # a GPU would wait for images; on a CPU, loading takes only 1 or 2% of the time
@@ -278,20 +338,19 @@ def short_name(path):
 def four_of_each(dset):
     """Return the indices of the first four images of each class."""
     targets = np.array(dset.targets, dtype=np.int64)
-    return [*np.where(targets == 0)[0][:4], *np.where(targets == 1)[0][:4]]
+    return np.concatenate([np.where(targets == label)[0][:4] for label in range(len(CLASSES))]).tolist()
 
 
 def show_predictions(images, paths, classes, proba, heading):
-    """Draw images, normalized tensors or PIL images, under a heading. Above each: its true class, the predicted class
-    with its probability, and the file's name; in red if the prediction is wrong. proba: (B, 2), for cats and dogs."""
-    rows = (len(images) + 3) // 4
-    plt.figure(figsize=(12, 3.6 * max(rows, 1) + 0.4), layout="constrained")
+    """Draw images (normalized tensors or PIL images) under a heading. Above each: its true class, the predicted class
+    with its probability, and the file's name; in red if the prediction is wrong. proba: (B, C)."""
+    rows = max((len(images) + 3) // 4, 1)
+    plt.figure(figsize=(12, 3.6 * rows + 0.4), layout="constrained")
     plt.gcf().get_layout_engine().set(h_pad=0.1)  # inches: space between the heading and the first titles
     plt.suptitle(heading)
     for i, image in enumerate(images):
-        true = CLASSES[classes[i]][:-1]  # cat for cats
-        pred = CLASSES[proba[i].argmax()][:-1]
-        plt.subplot(rows, 4, i + 1)
+        true, pred = ANIMALS[classes[i]], ANIMALS[proba[i].argmax()]
+        plt.subplot(rows, 4, i + 1, anchor="N")  # N (north): images of different heights are aligned at the top
         if isinstance(image, torch.Tensor):
             imshow(image)
         else:
@@ -324,15 +383,28 @@ def show_photos(paths, answers, heading):
 
 
 def plot_training(metrics, title):
-    """Plot training loss and accuracy for each epoch, and validation loss and accuracy after the last one."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 4), layout="constrained")
+    """Plot the loss and the accuracy of the training for each epoch, and those of the validation images: the loss for
+    each epoch if it is known (04), else only at the end (03). A dotted line shows what guessing would give."""
+    if "train_loss" not in metrics:
+        print("no curves: train_model returned no history")
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.4), layout="constrained")
     figure.suptitle(title)
     epochs = range(1, len(metrics["train_loss"]) + 1)
+    guessing = {"loss": np.log(len(CLASSES)), "accuracy": 1 / len(CLASSES)}
     for ax, name in zip(axes, ["loss", "accuracy"], strict=True):
         ax.plot(epochs, metrics[f"train_{name}"], "o-", markersize=4, label="training, during the epoch")
-        ax.plot(len(epochs), metrics[f"valid_{name}"], "s", markersize=10, fillstyle="none", label="validation, at end")
+        if f"valid_{name}_per_epoch" in metrics:
+            ax.plot(epochs, metrics[f"valid_{name}_per_epoch"], ".-", markersize=4, label="validation, after the epoch")
+        else:
+            ax.plot(len(epochs), metrics[f"valid_{name}"], "s", markersize=10, fillstyle="none",
+                    label="validation, at the end")
+        ax.axhline(guessing[name], color="grey", linestyle=":", label="guessing")
         ax.set(xlabel="epoch", ylabel=f"{name} (mean per image)" if name == "loss" else name)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(loc="best" if name == "loss" else "lower right")
     axes[1].set_ylim(0, 1.05)
-    axes[1].axhline(0.5, color="grey", linestyle=":")  # guessing
+    if max(metrics["train_loss"]) > 10 * np.median(metrics["train_loss"]):  # high losses would flatten all others
+        axes[0].set_yscale("log")
+    else:
+        axes[0].set_ylim(0, 1.1 * axes[0].dataLim.ymax)  # with the line of guessing
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -1,0 +1,136 @@
+"""Getting the dataset: the archive that the lecture uses, or the files of Kaggle or Microsoft."""
+import errno
+import gzip
+import os
+import shutil
+import tarfile
+import zlib
+from pathlib import PureWindowsPath
+
+from torchvision.datasets.folder import is_image_file
+
+from support.download import digest_matches, download
+from support.errors import UserError
+from support.files import MIB, replace, temporary_folder
+from support.images import dataset_near
+from support.progress import progress
+
+URLS = ["https://s3.amazonaws.com/fast-ai-sample/dogscats.tgz",
+        "http://files.fast.ai/data/examples/dogscats.tgz"]  # the lecture's link, to the same file
+SIZE = 839_285_364  # bytes of the archive
+UNPACKED = 900_000_000  # about this many bytes on the disk
+HASH = ["md5", "3e483c8d6ef2175e9d395a6027eb92b7", MIB]  # of the first MiB
+COUNTS = {"train/cats": 11_500, "train/dogs": 11_500, "valid/cats": 1_000, "valid/dogs": 1_000, "test1": 12_500,
+          "sample/train/cats": 8, "sample/train/dogs": 8, "sample/valid/cats": 4, "sample/valid/dogs": 4}
+
+
+def numbered_images(folder, prefix=""):
+    """Return the images in a folder whose names are the prefix and a number, such as cat.9.jpg, in numeric order. If
+    there are none, look in a folder of the same name inside it, as in test1/test1."""
+    images = [path for path in folder.glob(f"{prefix}*") if is_image_file(path.name)]
+    numbers = {path: path.stem.removeprefix(prefix) for path in images}
+    found = sorted((path for path in images if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+    return found or (numbered_images(folder / folder.name, prefix) if (folder / folder.name).is_dir() else [])
+
+
+def unpack(archive, folder):
+    """Check the archive and unpack it to the folder. Raises UserError if it is damaged or has links or unsafe names."""
+    try:
+        if archive.stat().st_size != SIZE or not digest_matches(archive, *HASH):
+            raise EOFError("wrong size or checksum")
+        found = dict.fromkeys(COUNTS, 0)
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python's built-in safety filter, if any
+            n_files = sum(COUNTS.values())
+            for member in progress(tar, n_files, n_files, "files"):
+                path = PureWindowsPath(member.name)  # understands both "/" and "\"
+                if not (member.isfile() or member.isdir()) or path.anchor or ".." in path.parts or ":" in member.name:
+                    raise UserError(f"{archive}: {member.name!r} is not a file of the dataset: delete the archive")
+                member.name = "/".join(path.parts[1:])  # without the leading dogscats/
+                tar.extract(member, folder)
+                place = "/".join(path.parts[1:-1])
+                if member.isfile() and place in found:
+                    found[place] += 1
+            while stream.read(MIB):  # to the end, where gzip verifies its checksum
+                pass
+        if found != COUNTS:
+            raise EOFError(f"it contains {found}")
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{archive}: incomplete or damaged ({error}): delete it and run this script again") from error
+
+
+def from_kaggle(source, folder):
+    """Fill the folder with copies of Kaggle's train/cat.0.jpg ... and test1/1.jpg ..., or of Microsoft's
+    PetImages/Cat/0.jpg ...; the last 8% of each class are for validation. Raises UserError if `source` has neither."""
+    places = {"test1": numbered_images(source / "test1") or numbered_images(source / "test")}
+    for name, kaggle, microsoft in [("cats", "cat", "Cat"), ("dogs", "dog", "Dog")]:
+        images = (numbered_images(source / "train", f"{kaggle}.") or numbered_images(source / "PetImages" / microsoft)
+                  or numbered_images(source / microsoft))
+        if len(images) < 2:
+            raise UserError(f"--from-kaggle: {source} must contain two or more images such as train/{kaggle}.0.jpg "
+                            f"(Kaggle) or PetImages/{microsoft}/0.jpg (Microsoft), but contains {len(images)}: give "
+                            "the folder that contains train or PetImages")
+        n_valid = max(1, len(images) * 8 // 100)
+        train, valid = images[:-n_valid], images[-n_valid:]
+        places |= {f"train/{name}": train, f"valid/{name}": valid}
+        places |= {f"sample/train/{name}": train[:8], f"sample/valid/{name}": valid[:4]}
+    for name, images in places.items():
+        (folder / name).mkdir(parents=True)
+        for image in progress(images, len(images), len(images)):
+            shutil.copyfile(image, folder / name / image.name)
+
+
+def check_place(data_dir, kaggle):
+    """Return whether data_dir contains a dataset. Raises UserError if one cannot be made there."""
+    near = dataset_near(data_dir)
+    if near == data_dir and not kaggle:
+        return True
+    if near == data_dir:
+        raise UserError(f"--from-kaggle: {data_dir} contains a dataset: omit --from-kaggle to use it, or add "
+                        f"--data-dir {data_dir}-2 to build a new one")
+    if near and not kaggle:
+        raise UserError(f"--data-dir: {data_dir} does not contain train and valid: use --data-dir {near}")
+    if os.path.ismount(data_dir) or (data_dir.exists() and any(data_dir.iterdir())):
+        petimages = [place for place in [data_dir, data_dir / "PetImages"] if (place / "Cat").is_dir()]
+        raise UserError(f"--data-dir: {data_dir} is not empty, or cannot be replaced: use a new folder in it, "
+                        f"--data-dir {data_dir / 'dogscats'}" + f" --from-kaggle {data_dir}" * len(petimages))
+    return False
+
+
+def get_dataset(data_dir, kaggle):
+    """Make sure that data_dir contains the dataset; never download or overwrite what is already there. A new dataset is
+    made in a temporary folder beside data_dir, and moved when it is complete. Raises UserError if this fails."""
+    if check_place(data_dir, kaggle):
+        return
+    archive = data_dir.with_name("dogscats.tgz")
+    data_dir.parent.mkdir(parents=True, exist_ok=True)
+    if not kaggle and not archive.exists():
+        urls = [os.environ["DOGSCATS_URL"]] if "DOGSCATS_URL" in os.environ else URLS
+        download(urls, archive, SIZE, HASH, room=UNPACKED)
+    temporary = temporary_folder(data_dir.parent)
+    folder = temporary / "dogscats"
+    try:
+        if kaggle:
+            from_kaggle(kaggle, folder)
+        else:
+            unpack(archive, folder)
+        for companion in folder.glob("**/._*"):  # on some disks, macOS adds one to each file
+            companion.unlink(missing_ok=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise UserError(f"{data_dir}: the disk is full: free about {UNPACKED:,} bytes, or choose another folder "
+                            "with --data-dir") from error
+        raise
+    try:
+        if data_dir.exists():  # empty: fill it, as it may be the current folder
+            for name in sorted(os.listdir(folder)):
+                replace(folder / name, data_dir / name)
+        else:
+            replace(folder, data_dir)
+    except OSError as error:
+        if not (data_dir / "valid").is_dir():  # otherwise another run has created it already
+            raise UserError(f"{folder} contains the complete dataset, but cannot be moved to {data_dir} "
+                            f"({error.strerror}): close the programs that use it, and move it yourself") from error
+    shutil.rmtree(temporary, ignore_errors=True)
+    print(f"created {data_dir}" + ("" if kaggle else f"; {archive} is no longer needed and can be deleted"))

@@ -1,0 +1,110 @@
+"""Opening and checking images."""
+import contextlib
+import hashlib
+import os
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+
+from support.errors import UserError, on_error
+from support.progress import progress
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image would take gigabytes of memory
+warnings.filterwarnings("ignore", "Palette images with Transparency")  # harmless
+
+
+def load_image(path, rotate=False):
+    """Return the RGB PIL image in a file, rotated according to its EXIF data if `rotate`. Raises UserError if it is
+    damaged, not an image, larger than 89 million pixels, or has 32-bit pixels."""
+    advice = "replace it (with a JPEG, for example) or remove it" if os.path.exists(path) else "check the name"
+    with on_error(path, "cannot be read as an image", advice), Image.open(path) as image:
+        if rotate:
+            image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+            raise ValueError("the range of 32-bit pixels is unknown")
+        if image.mode.startswith("I"):  # 16 bits per pixel: convert("RGB") would turn all values above 255 white
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        return image.convert("RGB")
+
+
+def photo(text):
+    """Return the path of a photo that can be read. A type for argparse. Raises UserError if it cannot."""
+    if "://" in text:
+        raise UserError(f"--image: {text} is a web address: save the photo with a browser, and give the file's name")
+    if os.path.isdir(text):
+        raise UserError(f"--image: {text} is a folder: give the names of photos in it")
+    if not os.path.exists(text) and ("*" in text or "?" in text):
+        raise UserError(f"--image: {text}: no files match, or this terminal does not expand *: give the names in full")
+    load_image(text, rotate=True)
+    return text
+
+
+def dataset_near(data_dir):
+    """Return data_dir if it contains train and valid, else a folder one level away that does, else None."""
+    inside = [place for place in data_dir.glob("*/") if place.name != "sample"]
+    for place in [data_dir, data_dir.parent, data_dir.parent.parent, *inside]:
+        if (place / "train").is_dir() and (place / "valid").is_dir():
+            return place
+
+
+def check_folders(data_dir, classes):
+    """Raise UserError unless train and valid contain one folder of images per class and nothing else that ImageFolder
+    would mistake for a class or an image. Do not open the images."""
+    near = dataset_near(data_dir)
+    if near is None:
+        raise UserError(f"{data_dir}: train or valid is missing: run python 01_data.py first, or use --sample")
+    if near != data_dir:
+        raise UserError(f"--data-dir: {data_dir} does not contain train and valid: use --data-dir {near}")
+    for folder in [data_dir / "train", data_dir / "valid"]:
+        files = {place.name: os.listdir(place) for place in folder.iterdir() if place.is_dir()}
+        counts = {name: sum(map(is_image_file, files[name])) for name in files}
+        if sorted(files) != classes:
+            raise UserError(f"{folder}: must contain images in the folders {classes}, and no other folders, but "
+                            f"contains {counts}: move what is different, or change CLASSES in common.py")
+        for name in classes:
+            if counts[name] == 0:
+                endings = sorted({os.path.splitext(file)[1] or "none" for file in files[name]})
+                raise UserError(f"{folder / name}: contains {len(files[name])} files (with the endings {endings}) but "
+                                f"no images (with {', '.join(IMG_EXTENSIONS)}): add some, or convert the files to JPEG")
+        for path in folder.glob("*/*"):
+            if not path.is_file():  # ImageFolder enters folders, and would open a broken link during the training
+                raise UserError(f"{path}: a folder or a broken link among the images: move it to another place")
+
+
+def check_images(data_dir, remember):
+    """Open every image once, and print those that cannot be read; raises UserError if there are any. If `remember`, a
+    file in data_dir records that this was done; it is valid until the name or size of an image changes."""
+    images = [path for pattern in ["train/*/*", "valid/*/*", "test1/*"] for path in sorted(data_dir.glob(pattern))
+              if is_image_file(path.name)]
+    files = [(path.relative_to(data_dir).as_posix(), path.stat().st_size) for path in images]
+    digest = hashlib.sha256(str(files).encode()).hexdigest().encode()
+    checked = data_dir / ".images-checked"
+    with contextlib.suppress(OSError):  # missing, or another user's: check again
+        if checked.read_bytes() == digest:
+            return
+
+    def problem(path):
+        try:
+            load_image(path)
+        except UserError as error:
+            if getattr(error.__cause__, "errno", None):
+                raise  # the disk is the problem, not the image
+            return str(error)
+
+    print(f"checking that all {len(images):,} images can be read" + (" (only the first time)" if remember else ""))
+    pool = ThreadPoolExecutor()
+    try:
+        problems = [text for text in progress(pool.map(problem, images), len(images), len(images)) if text]
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not open the other images
+    if problems:
+        print(*problems[:20], sep="\n", file=sys.stderr)
+        more = " (only the first 20 are listed)" if len(problems) > 20 else ""
+        raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read{more}: replace or "
+                        "delete them, then run python 01_data.py again (omit --from-kaggle)")
+    if remember:
+        with contextlib.suppress(OSError):  # a dataset on a read-only disk is checked every time
+            checked.write_bytes(digest)

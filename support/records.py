@@ -1,0 +1,86 @@
+"""What a result was made from. Later scripts compare records: if something differs, they do not use the result."""
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import adaptive_avg_pool2d
+
+from support.errors import UserError
+
+NAMES = {"train": "training", "valid": "validation"}
+
+
+def behavior(thing, outputs):
+    """Return how something is printed, without addresses in memory, and 24 averages of its outputs for a fixed input.
+    Both are needed: a Lambda, for example, is printed the same whatever it computes."""
+    outputs = torch.as_tensor(np.asarray(outputs)).float()
+    averages = adaptive_avg_pool2d(outputs.reshape(1, -1, outputs.shape[-1]), (6, 4)).flatten()
+    return {"printed": re.sub(r" at 0x\w+", "", str(thing)),
+            "outputs": " ".join(f"{average:.4g}" for average in averages)}
+
+
+def describe(dset, x):
+    """Return the record of an ImageFolder, which is "train" or "valid": the SHA-256 of the names (with "/") and sizes
+    (bytes) of its images, and what its loader and transform make of a fixed image. Raises UserError if some files are
+    empty."""
+    files = [(Path(path).relative_to(dset.root).as_posix(), os.stat(path).st_size) for path, _ in dset.imgs]
+    empty = [name for name, size in files if size == 0]
+    if empty:
+        more = f" and {len(empty) - 20} more" if len(empty) > 20 else ""
+        raise UserError(f"{dset.root}: {len(empty)} empty files, {', '.join(empty[:20])}{more}: replace or remove them")
+    blocks = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        path = os.path.join(folder, "fixed.png")
+        Image.fromarray(blocks).resize((640, 480), Image.Resampling.NEAREST).save(path)
+        torch.manual_seed(0)  # a random transform does the same in each run; the run's own random numbers do not change
+        outputs = dset.transform(dset.loader(path))
+    return {f"{NAMES[x]} images": hashlib.sha256(str(files).encode()).hexdigest(),
+            f"{NAMES[x]} transform": behavior(dset.transform, outputs)}
+
+
+@torch.inference_mode()
+def make_record(dsets, network=None, last_layer=None):
+    """Return what a result is made from: the records of the datasets (as they were loaded) and, with a network, what it
+    is and computes, its precision, and the SHA-256 of its parameters. last_layer is left out, because it is trained.
+    Leaves the network in evaluation mode."""
+    record = {}
+    for dset in dsets.values():
+        record |= dset.record
+    if network is None:
+        return record
+    digest = hashlib.sha256()
+    for module in network.modules():
+        if module is not last_layer:
+            for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+                digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+    weight = next(network.parameters())
+    reached = []  # the inputs of the last layer, or the outputs of a network without one
+    hook = last_layer.register_forward_pre_hook(lambda layer, inputs: reached.extend(inputs)) if last_layer else None
+    inputs = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    reached.append(network.eval()(inputs.to(weight.device)))
+    if hook:
+        hook.remove()
+    return {**record, "network": behavior(network, reached[0].float().cpu()), "frozen layers": digest.hexdigest(),
+            "precision": str(weight.dtype).removeprefix("torch.")}
+
+
+def equal(old, new):
+    """Return whether two entries of records are the same. Averages may differ a little, as machines round differently.
+    """
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return old == new
+    averages, expected = np.array(old["outputs"].split(), float), np.array(new["outputs"].split(), float)
+    return old["printed"] == new["printed"] and np.allclose(
+        averages, expected, rtol=0, atol=0.01 * np.abs(expected).max(), equal_nan=True)
+
+
+def differences(record, now):
+    """Return what differs between a record and the current one, such as "different training images", or "" if nothing
+    does."""
+    changed = [name for name in now if not equal(record.get(name), now[name])]
+    return " and ".join(f"different {name}" if name.endswith("s") else f"a different {name}" for name in changed)

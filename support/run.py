@@ -1,0 +1,155 @@
+"""How a script starts: options, folders, figures, headings."""
+import argparse
+import multiprocessing.connection
+import os
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+try:
+    import matplotlib.pyplot as plt
+except ValueError:  # the environment variable MPLBACKEND has a value that matplotlib does not know
+    print(f"NOTICE: MPLBACKEND={os.environ['MPLBACKEND']} is unknown: the figures are only saved")
+    os.environ["MPLBACKEND"] = "agg"
+    import matplotlib.pyplot as plt
+
+from support.errors import UserError
+from support.files import HERE, absolute_path, save
+
+FILES_ONLY = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}  # backends of matplotlib without windows
+warnings.filterwarnings("ignore", "Glyph .* missing")  # harmless: a file name in a title has unusual characters
+
+
+def number(least, most, kind=int):
+    """Return a type for argparse: a number from least to most."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least:,} and {most:,}")
+        return value
+    parse.__name__ = kind.__name__  # argparse prints it
+    return parse
+
+
+def weights_option(text):
+    """Return "imagenet", "untrained" or the absolute path of a file. A type for argparse."""
+    if text not in ("imagenet", "untrained") and not absolute_path(text).is_file():
+        raise UserError(f"--weights: there is no file {absolute_path(text)}: check the name")
+    return text if text in ("imagenet", "untrained") else str(absolute_path(text))
+
+
+def option_parser(doc, network=True):
+    """Return a parser with the options of every script; if `network`, also those of the scripts that run VGG16."""
+    parser = argparse.ArgumentParser(prog=re.search(r"python (\S+\.py)", doc)[1], description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = parser.add_argument_group("common options")
+    size = common.add_mutually_exclusive_group().add_argument
+    size("--sample", action="store_true",
+         help="use 24 images: the dataset's sample folder if it exists, else the bundled drawings")
+    size("--limit", type=number(2, 1_000_000), metavar="N", help="use N training images, the same number of each "
+         "class, and 200 validation images (all if there are fewer)")
+    add = common.add_argument
+    add("--data-dir", type=absolute_path, metavar="DIR", default=str(HERE / "data" / "dogscats"),
+        help="folder that contains train/ and valid/ (default: data/dogscats)")
+    add("--output-dir", type=absolute_path, metavar="DIR",
+        help="folder for the results (default: outputs/full, outputs/sample or outputs/limit-N)")
+    add("--seed", type=number(0, 2**63 - 1), default=0, metavar="N",
+        help="random seed; does not affect --weights untrained (default: 0)")
+    add("--num-workers", type=number(0, 256), metavar="N",
+        help="processes that load images (default: 0 on a CPU or with --sample, else one per core, at most 16)")
+    add("--show", action="store_true", help="also open each figure in a window; close the window to continue")
+    add("--pause", action="store_true", help="wait for Enter at each heading that has a time in the video")
+    if network:
+        add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+            help="cuda: NVIDIA GPU, mps: GPU of a Mac, auto: a GPU if there is one (default: auto)")
+        add("--weights", type=weights_option, default="imagenet", metavar="imagenet|untrained|FILE",
+            help="ImageNet's (528 MiB, downloaded once), random, or from a .pth file (default: imagenet; in 05, those "
+            "of the results)")
+        add("--bf16", action="store_true", help="run the frozen layers in bfloat16 (16 bits, less precise): faster on "
+            "GPUs that support it and on CPUs with AVX-512 BF16 or AMX, slower on others")
+    return parser
+
+
+def start_run(parser):
+    """Parse the command line and prepare the run: choose the folders, set up the figures, and try what the run will
+    need. Return argparse's namespace. Raises UserError."""
+    program, *options = map(str, sys.argv)
+    # A notebook or an editor has a command line of its own (ipykernel_launcher.py -f x.json, or an empty name). A link
+    # to a script may have any name, and "-" means that Python reads the script from its standard input.
+    names = [Path(program).name, Path(program).resolve().name]
+    own_command_line = program == "-" or any((HERE / name).is_file() for name in names)
+    args = parser.parse_args(options if own_command_line else ["--sample", "--show"])
+    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
+        # a path may contain characters that the console cannot print; each line appears at once, even in a pipe
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    if not own_command_line:
+        print("In a notebook, the options are --sample --show. To choose others, run this and then the cells again:\n"
+              f'import sys; sys.argv = ["{parser.prog}", "--limit", "1000", "--show"]')
+    if args.output_dir is None:
+        size = "sample" if args.sample else f"limit-{args.limit}" if args.limit else "full"
+        args.output_dir = absolute_path(HERE / "outputs" / size)
+    if args.data_dir in args.output_dir.parents:
+        raise UserError(f"--output-dir: {args.output_dir} is inside the dataset: choose a folder outside it")
+    if args.sample:
+        sample = args.data_dir / "sample"
+        args.data_dir = sample if all((sample / x).is_dir() for x in ["train", "valid"]) else HERE / "sample"
+    set_up_figures(args)
+    try_workers(args)
+    save(args.output_dir, {".test": ""}, quiet=True)  # what would fail at the end of the run must fail now
+    (args.output_dir / ".test").unlink(missing_ok=True)
+    return args
+
+
+def try_workers(args):
+    """Try the lock and the socket that worker processes need, and that some clusters and containers do not allow. If
+    that fails, load the images without them; raises UserError if --num-workers asks for them."""
+    if args.num_workers == 0:
+        return
+    try:
+        multiprocessing.Lock()
+        multiprocessing.connection.Listener().close()
+    except Exception as error:
+        problem = f"worker processes cannot be used here ({error}; temporary folder: {tempfile.gettempdir()})"
+        if args.num_workers:
+            raise UserError(f"{problem}: use --num-workers 0, or set TMPDIR to a short path on a local disk") from error
+        print(f"NOTICE: {problem}: --num-workers 0 is used")
+        args.num_workers = 0
+
+
+def set_up_figures(args):
+    """Choose how matplotlib draws: inline in a notebook, in windows with --show, else only into files."""
+    ipython = sys.modules.get("IPython")
+    if ipython and ipython.get_ipython():  # the session keeps its own settings
+        args.show = args.show or "inline" in plt.get_backend()  # in a notebook, %run shows the figures too
+    else:
+        plt.style.use("default")  # not the user's matplotlibrc: the figures look the same everywhere
+        backend = plt.get_backend() if args.show else "agg"
+        if "inline" in backend or backend.lower() in FILES_ONLY:  # a notebook passes its backend on to !python
+            backend = "agg"
+        try:
+            plt.switch_backend(backend)
+        except Exception:  # the backend needs a display, or a package
+            plt.switch_backend("agg")
+    if args.show and plt.get_backend().lower() in FILES_ONLY:
+        print("--show: figures cannot be opened in windows here; they are only saved")
+        args.show = False
+
+
+def print_options(args):
+    """Print the options of this run, including those that were chosen automatically."""
+    given = {name: value for name, value in vars(args).items() if value is not False and value not in (None, [])}
+    print("options:", *(f"{name}={value}" for name, value in given.items()))
+
+
+def banner(heading, time=None, pause=False):
+    """Print a heading of the lecture. If it has a time in the video, such as "0:49:50", print a link and, if `pause`,
+    wait for Enter."""
+    print(f"\n{('=' if time else '-') * 80}\n{heading}")
+    if time:
+        hours, minutes, seconds = map(int, time.split(":"))
+        print(f"  video from {time}, https://youtu.be/ZhC-DIrCe6A?t={3600 * hours + 60 * minutes + seconds}")
+        if pause and sys.stdin and sys.stdin.isatty():
+            print("press Enter to continue ", end="", flush=True)
+            sys.stdin.readline()
