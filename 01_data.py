@@ -12,7 +12,7 @@ Writes the dataset to data/dogscats (or --data-dir). Writes to the output folder
 DOGSCATS_URL in the environment.
 """
 # %% Imports and options. Imports that the script does not use are there so that you can type the video's commands.
-from support.run import banner, option_parser, print_options, start_run  # first: it checks the environment
+from support.run import banner, print_options, start_run  # first: it checks the environment
 import os
 import sys
 
@@ -28,6 +28,7 @@ from common import CLASSES, MEAN, STD, imshow, limit_images, save_figure
 from support.dataset import get_dataset
 from support.files import absolute_path, save
 from support.images import check_folders, check_images, load_image
+from support.options import option_parser
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
     parser = option_parser(__doc__, network=False)
@@ -136,8 +137,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     print("\nWhat is an image for your computer? The central 4 x 4 pixels of inputs_try[0]:")
     print(inputs_try[0, :, 110:114, 110:114])
 
-    # Make a grid of the first batch of the validation data. imshow (in common.py: search for def imshow) draws it, after
-    # undoing normalize.
+    # Make a grid of the first batch of the validation data. imshow, which undoes normalize, is in common.py: search for
+    # def imshow.
     out = torchvision.utils.make_grid(inputs_try)
     plt.figure(figsize=(10, 2.4), layout="constrained")
     imshow(out, title=[dset_classes[x] for x in labels_try])

@@ -10,7 +10,7 @@ Reads the dataset. Writes to the output folder probs_try.npy (5, 1000) and 02_pr
 02_zero_shot.json and 02_zero_shot.png, with --image 02_images.png.
 """
 # %% Imports and options. Imports that the script does not use are there so that you can type the video's commands.
-from support.run import banner, option_parser, print_options, start_run  # first: it checks the environment
+from support.run import banner, print_options, start_run  # first: it checks the environment
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from common import (ANIMALS, CLASSES, IMAGENET, get_weights, imshow, load_data, 
 from support.errors import UserError
 from support.files import save
 from support.images import load_image, photo
+from support.options import option_parser
 from support.progress import progress
 from support.records import make_record
 

@@ -11,7 +11,7 @@ Reads the dataset. Writes to the output folder 03_head.pt (state dict of the las
 accuracies, seconds), 03_blocks.png, 03_training.png and 03_valid_batch.png.
 """
 # %% Imports and options. Imports that the script does not use are there so that you can type the video's commands.
-from support.run import banner, number, option_parser, print_options, start_run  # first: it checks the environment
+from support.run import banner, print_options, start_run  # first: it checks the environment
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torchvision import datasets, models, transforms
 from common import (four_of_each, get_weights, imshow, load_data, load_vgg16, plot_training, save_figure, save_results,
                     show_predictions, test_model, to_device, train_model)
 from support.images import load_image
+from support.options import number, option_parser
 from support.records import make_record
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest

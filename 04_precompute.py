@@ -13,7 +13,7 @@ for all; with --layer fc7: fc7_feat_train.npy (N, 4096) and fc7_feat_valid.npy (
 labels_valid.npy, and the same files as 03 (04_head.pt, ...), except 03_blocks.png.
 """
 # %% Imports and options. Imports that the script does not use are there so that you can type the video's commands.
-from support.run import banner, number, option_parser, print_options, start_run  # first: it checks the environment
+from support.run import banner, print_options, start_run  # first: it checks the environment
 import math
 
 import matplotlib.pyplot as plt
@@ -29,6 +29,7 @@ from common import (four_of_each, freeze_and_replace_head, get_weights, imshow, 
                     train_model)
 from support.features import FeatureFile
 from support.files import load, save
+from support.options import number, option_parser
 from support.progress import progress
 from support.records import differences, make_record
 

@@ -11,7 +11,7 @@ Reads the dataset and the results of 04 (or 03). Writes to the output folder a f
 ...), 05_histogram.png and 05_confusion.png; with --image also 05_images.png, with --submission submission.csv.
 """
 # %% Imports and options. Imports that the script does not use are there so that you can type the video's commands.
-from support.run import banner, number, option_parser, print_options, start_run  # first: it checks the environment
+from support.run import banner, print_options, start_run  # first: it checks the environment
 import copy
 
 import matplotlib.pyplot as plt
@@ -29,6 +29,7 @@ from support.dataset import numbered_images
 from support.errors import UserError
 from support.files import load, save
 from support.images import load_image, photo
+from support.options import number, option_parser
 from support.progress import progress
 from support.records import differences, make_record
 

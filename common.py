@@ -36,6 +36,7 @@ IMAGENET_FILE = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")  
 IMAGENET_SIZE = 553_433_881  # bytes
 
 
+# In the video: 0:25:50
 def imshow(image, title=None):
     """Show a normalized image, a (3, H, W) tensor, on the current axes. If it is a grid of images (from make_grid), the
     title may be a list of names, each to be written above its image."""
@@ -178,8 +179,8 @@ def log_loss(all_proba, all_classes):
 
 
 def save_results(args, step, model, record, history, results=()):
-    """Save the last layer, how it was trained and, after the test, the results of test_model. Return the metrics. During
-    the training, when there are no results, this is quick, and the metrics are marked as incomplete."""
+    """Save the last layer, how it was trained and, after the test, the results of test_model. Return the metrics.
+    During the training, when there are no results, this is quick, and the metrics are marked as incomplete."""
     history = history or []  # None: from a train_model that returns nothing, such as the lecture's
     metrics = {"options": vars(args), "weights": args.weights, "pretrained": args.weights != "untrained",
                "dataset": args.data_dir, "made_from": record, "complete": len(results) > 0}

@@ -1,6 +1,7 @@
 """What keeps a run safe, and no part of the lecture: to follow the lecture, read the scripts and common.py.
 
-A room for each subject, from the bottom up: errors, progress, files, images, run, download, records, features, dataset.
+A room for each subject, from the bottom up: errors, progress, files, images, options, run, download, records,
+features, dataset.
 Each imports only rooms that stand before it."""
 import sys
 from pathlib import Path

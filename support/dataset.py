@@ -83,18 +83,16 @@ def from_kaggle(source, folder):
 def check_place(data_dir, kaggle):
     """Return whether data_dir contains a dataset. Raises UserError if one cannot be made there."""
     near = dataset_near(data_dir)
-    if near == data_dir and not kaggle:
-        return True
-    if near == data_dir:
+    if near == data_dir and kaggle:
         raise UserError(f"--from-kaggle: {data_dir} contains a dataset: omit --from-kaggle to use it, or add "
                         f"--data-dir {data_dir}-2 to build a new one")
-    if near and not kaggle:
+    if near and near != data_dir and not kaggle:
         raise UserError(f"--data-dir: {data_dir} does not contain train and valid: use --data-dir {near}")
-    if os.path.ismount(data_dir) or (data_dir.exists() and any(data_dir.iterdir())):
-        petimages = [place for place in [data_dir, data_dir / "PetImages"] if (place / "Cat").is_dir()]
-        raise UserError(f"--data-dir: {data_dir} is not empty, or cannot be replaced: use a new folder in it, "
-                        f"--data-dir {data_dir / 'dogscats'}" + f" --from-kaggle {data_dir}" * len(petimages))
-    return False
+    if not near and (os.path.ismount(data_dir) or (data_dir.exists() and any(data_dir.iterdir()))):
+        has_photos = any((place / "Cat").is_dir() for place in [data_dir, data_dir / "PetImages"])  # Microsoft's
+        raise UserError(f"--data-dir: {data_dir} is not empty or cannot be replaced: use a new folder in it, such as "
+                        f"--data-dir {data_dir / 'dogscats'}" + f" --from-kaggle {data_dir}" * has_photos)
+    return near == data_dir
 
 
 def get_dataset(data_dir, kaggle):

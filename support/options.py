@@ -1,0 +1,56 @@
+"""The options of the scripts."""
+import argparse
+import re
+
+from support.errors import UserError
+from support.files import HERE, absolute_path
+
+
+def number(least, most, kind=int):
+    """Return a type for argparse: a number from least to most."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least:,} and {most:,}")
+        return value
+    parse.__name__ = kind.__name__  # argparse prints it
+    return parse
+
+
+def weights_option(text):
+    """Return "imagenet", "untrained" or the absolute path of a file. A type for argparse."""
+    if text not in ("imagenet", "untrained") and not absolute_path(text).is_file():
+        raise UserError(f"--weights: there is no file {absolute_path(text)}: check the name")
+    return text if text in ("imagenet", "untrained") else str(absolute_path(text))
+
+
+def option_parser(doc, network=True):
+    """Return a parser with the options of every script; if `network`, also those of the scripts that run VGG16."""
+    parser = argparse.ArgumentParser(prog=re.search(r"python (\S+\.py)", doc)[1], description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = parser.add_argument_group("common options")
+    size = common.add_mutually_exclusive_group().add_argument
+    size("--sample", action="store_true",
+         help="use 24 images: the dataset's sample folder if it exists, else the bundled drawings")
+    size("--limit", type=number(2, 1_000_000), metavar="N", help="use N training images, the same number of each "
+         "class, and 200 validation images (all if there are fewer)")
+    add = common.add_argument
+    add("--data-dir", type=absolute_path, metavar="DIR", default=str(HERE / "data" / "dogscats"),
+        help="folder that contains train/ and valid/ (default: data/dogscats)")
+    add("--output-dir", type=absolute_path, metavar="DIR",
+        help="folder for the results (default: outputs/full, outputs/sample or outputs/limit-N)")
+    add("--seed", type=number(0, 2**63 - 1), default=0, metavar="N",
+        help="random seed; does not affect --weights untrained (default: 0)")
+    add("--num-workers", type=number(0, 256), metavar="N",
+        help="processes that load images (default: 0 on a CPU or with --sample, else one per core, at most 16)")
+    add("--show", action="store_true", help="also open each figure in a window; close the window to continue")
+    add("--pause", action="store_true", help="wait for Enter at each heading that has a time in the video")
+    if network:
+        add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+            help="cuda: NVIDIA GPU, mps: GPU of a Mac, auto: a GPU if there is one (default: auto)")
+        add("--weights", type=weights_option, default="imagenet", metavar="imagenet|untrained|FILE",
+            help="ImageNet's (528 MiB, downloaded once), random, or from a .pth file (default: imagenet; in 05, those "
+            "of the results)")
+        add("--bf16", action="store_true", help="run the frozen layers in bfloat16 (16 bits, less precise): faster on "
+            "GPUs that support it and on CPUs with AVX-512 BF16 or AMX, slower on others")
+    return parser
