@@ -1,8 +1,8 @@
 """What the tests share: the scripts as modules and as processes, small datasets, a small VGG16 and its weights.
 They run on the CPU, where what they compare with was computed; only test_accelerator.py uses a GPU, if there is one."""
+import ast
 import contextlib
 import copy
-import importlib
 import io
 import json
 import os
@@ -33,7 +33,9 @@ from torchvision import datasets, models
 
 import common
 import small_vgg  # noqa: F401  from here on, VGG16 is small
-import support
+from support.errors import report
+from support.files import save
+from support.records import describe, make_record
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds, not 5, until a dead worker is noticed
 
@@ -48,7 +50,10 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded, use of fork")  # Python 3.12, of torch's workers
 
 
-script = importlib.import_module  # a script as a module: its functions, without running its body
+def names_at_start(name):
+    """The variables that Python itself gives to a script when it starts."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return {"__name__": "__main__", "__doc__": ast.get_docstring(ast.parse(text), clean=False)}
 
 
 def arguments(name, options):
@@ -59,8 +64,7 @@ def arguments(name, options):
 
 def run_here(name, *options, edits=None):
     """Run a script's body in this process, after a student's edits, {old: new}. Return its variables."""
-    text = (ROOT / name).read_text()
-    variables = {"__name__": "__main__", "__doc__": script(Path(name).stem).__doc__}
+    text, variables = (ROOT / name).read_text(encoding="utf-8"), names_at_start(name)
     for old, new in (edits or {}).items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -77,7 +81,7 @@ def message(name, *options):
         try:
             name(*options) if callable(name) else run_here(name, *options)
         except Exception as error:
-            support.report(type(error), error, error.__traceback__)
+            report(type(error), error, error.__traceback__)
     line, = filter(str.strip, stderr.buffer.getvalue().decode().splitlines())
     assert line.startswith("error: ") and line.isascii()
     return line
@@ -132,13 +136,16 @@ def dsets_of(dataset, transform=None):
     """The datasets as load_data makes them."""
     dsets = {x: datasets.ImageFolder(dataset / x, transform or common.imagenet_format) for x in ("train", "valid")}
     for x in dsets:
-        dsets[x].fingerprint = support.fingerprint(dsets[x])
+        dsets[x].record = describe(dsets[x], x)
     return dsets
 
 
 def record_of(dataset, model=None):
-    """What a result is made from, as the scripts write it."""
-    return support.make_record(dsets_of(dataset), model or nn.Sequential(nn.Conv2d(3, 1, 1), nn.Linear(4096, 2)))
+    """What a result is made from, as the scripts write it; without a model, that part of it is made up."""
+    if model:
+        return make_record(dsets_of(dataset), model, model.classifier[6])
+    network = {"printed": "VGG", "outputs": "1 2 3"}
+    return {**make_record(dsets_of(dataset)), "network": network, "frozen layers": "f", "precision": "float32"}
 
 
 def fake_results(folder, dataset, proba_dog, step="04", model=None, **metrics):
@@ -147,10 +154,10 @@ def fake_results(folder, dataset, proba_dog, step="04", model=None, **metrics):
     record = record_of(dataset, model)
     head = model.classifier[6] if model else nn.Linear(4096, 2)
     classes = np.array(datasets.ImageFolder(dataset / "valid").targets, dtype=np.int64)
-    support.save(folder, {
+    save(folder, {
         f"{step}_head.pt": head.state_dict(), f"{step}_predictions.npy": proba.argmax(axis=1),
         f"{step}_all_proba.npy": proba, f"{step}_all_classes.npy": classes,
-        f"{step}_metrics.json": {"made_from": record, "pretrained": True, "weights": "imagenet",
+        f"{step}_metrics.json": {"made_from": record, "pretrained": True, "weights": "imagenet", "complete": True,
                                  "train_accuracy": [0.5, 0.75], "valid_loss": 0.5, "valid_accuracy": 0.625, **metrics}})
     return record
 
@@ -164,8 +171,8 @@ def figures(monkeypatch):
     """The figures that are saved, {file name: Figure}. They are not painted, which would take most of a run's time."""
     figures, save = {}, common.save
 
-    def keep(folder, files):
-        figures.update(files) if ".png" in str(files) else save(folder, files)  # a figure is saved by itself
+    def keep(folder, files, **options):
+        figures.update(files) if ".png" in str(files) else save(folder, files, **options)  # a figure is saved alone
 
     monkeypatch.setattr(common, "save", keep)
     return figures
@@ -243,7 +250,7 @@ def lesson(vgg_file, tmp_path_factory):
             options = ["--sample", "--show", "--output-dir", folder, *more.get(name, [])]
             patch.setattr(sys, "argv", arguments(name, options))
             _, *parts = re.split(r"^# %% (.*)\n", (ROOT / name).read_text(), flags=re.MULTILINE)
-            seen.names[name] = variables = {"__name__": "__main__", "__doc__": script(Path(name).stem).__doc__}
+            seen.names[name] = variables = names_at_start(name)
             seen.headings += parts[2::2]  # but for the first, before the imports
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 for cell in parts[1::2]:
