@@ -63,7 +63,7 @@ def load_vgg16(weights):
     with torch.device("cpu" if weights == "untrained" else "meta"):  # meta: skip the random numbers, which the file
         model = models.vgg16()                                       # would replace anyway
     if weights == "imagenet":
-        return load_state(model, IMAGENET_FILE, "delete it, and run this script again")
+        return load_state(model, IMAGENET_FILE, "delete it if it exists, and run this script again")
     if weights != "untrained":
         return load_state(model, Path(weights), "give a different file to --weights")
     return model
