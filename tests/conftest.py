@@ -3,6 +3,7 @@ They run on the CPU, where what they compare with was computed; only test_accele
 import ast
 import contextlib
 import copy
+import http.server
 import io
 import json
 import os
@@ -10,8 +11,10 @@ import re
 import sys
 import tempfile
 import textwrap
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "tests" / "small_vgg"
@@ -191,6 +194,61 @@ def workers(monkeypatch):
 
     monkeypatch.setattr(DataLoader, "_get_iterator", without_workers)
     return numbers
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.content, or the rest of it if a Range is requested. server.mode says what goes wrong."""
+    log_message = mock.Mock()
+
+    def do_GET(self):
+        mode, asked = self.server.mode, self.headers.get("Range")
+        self.server.ranges.append(asked)
+        body = self.server.content
+        if "login page" in mode:
+            body = b"<html>Welcome"
+        elif mode == "damaged":
+            body = bytes(len(body))
+        can_resume = "no ranges" not in mode and "login page" not in mode
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and can_resume else 0
+        if mode == "404" or (mode == "416" and asked) or start >= len(body):
+            self.send_error(404 if mode == "404" else 416)
+            return
+        self.send_response(206 if start else 200)
+        if mode == "login page without length":
+            self.send_header("Content-Type", "text/html")
+        else:
+            self.send_header("Content-Length", len(body) - start)
+        self.end_headers()
+        stops_at = (start + len(body)) // 2 if "halfway" in mode else len(body)
+        self.wfile.write(body[start:stops_at])
+        if mode == "stalls halfway":
+            self.rfile.read(1)  # there is none: it waits until the client gives up
+
+
+@pytest.fixture
+def server():
+    """A web server on this machine. It notes the ranges that it is asked for."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.handle_error, server.mode, server.ranges = mock.Mock(), "whole", []
+        server.url = f"http://127.0.0.1:{server.server_port}/x.tgz"
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """A function that returns the list of what a module's loops show as progress: (items, total, unit) for each."""
+    def watch(module):
+        calls = []
+
+        def progress(items, n_items, total, unit="images"):
+            calls.append((n_items, total, unit))
+            return items
+
+        monkeypatch.setattr(f"{module}.progress", progress)
+        return calls
+    return watch
 
 
 @pytest.fixture(autouse=True)
