@@ -118,8 +118,9 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}  # a copy of all parameters
 
     def after_epoch(history):  # save what is done, in case the run is stopped
-        record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # what the results depend on: see support/
-        save_results(args, "03", model_vgg, record, history)
+        if len(history) < args.epochs:  # the last epoch is saved below
+            record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # what the results depend on
+            save_results(args, "03", model_vgg, record, history)
 
     torch.manual_seed(args.seed)  # for shuffling and dropout
     # The lecture's function is in common.py: search for def train_model. Its last two arguments are not the lecture's.
@@ -135,7 +136,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         total[kind] += param.numel()
     for kind in ["frozen", "trainable"]:
         print(f"{kind}: {changed[kind]:,} of {total[kind]:,} parameters changed")
-    record = make_record(dsets, model_vgg, model_vgg.classifier[6])
+    record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # later scripts check that it is still the same
     save_results(args, "03", model_vgg, record, history)  # save now, in case the test stops at a damaged image
 
     # Also in common.py: search for def test_model.

@@ -95,8 +95,9 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # interrupted run can be resumed. You can follow the video without understanding the details of this loop.
     batch_size = 8 if device.type == "cpu" else 64  # on a CPU, larger batches are slower and need more memory
     conv_feat = {}
+    of_frozen = make_record({}, frozen)
     for x in ["train", "valid"]:
-        made_from = make_record({x: dsets[x]}, frozen)  # if any of this changes, the features are computed again
+        made_from = dsets[x].record | of_frozen  # if any of this changes, the features are computed again
         file = FeatureFile(args.output_dir / f"{args.layer}_feat_{x}.npy", (dset_sizes[x], *x_try.shape[1:]), made_from,
                            batch_size)
         remaining = Subset(dsets[x], range(file.done, dset_sizes[x]))  # skip what an earlier run has computed

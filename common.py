@@ -73,7 +73,7 @@ def load_state(module, path, advice):
     """Return the module with the parameters from a state dict file. Raises UserError if the file is missing or damaged
     (advice: what to do then), or was saved from a different network."""
     state_dict = load(path, advice)
-    with on_error(path, f"is for a different network, not for this {type(module).__name__}",
+    with on_error(path, f"saved from a different network, not from this {type(module).__name__}",
                   "use a file that was saved from this network, or train again (--weights untrained needs no file)"):
         module.load_state_dict(state_dict, assign=True)
     if not all(value.isfinite().all() for value in module.parameters()):

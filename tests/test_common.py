@@ -14,7 +14,8 @@ from torchvision import models
 from torchvision.utils import make_grid
 
 import common
-import support
+from support.errors import UserError
+from support.records import differences, make_record
 
 
 def on_gpu(tensor):
@@ -77,7 +78,7 @@ def test_without_network_a_run_ends_but_the_sample_continues_untrained(tmp_path,
     assert [common.get_weights(x) for x in ("imagenet", "my.pth")] == ["imagenet", str(tmp_path / "my.pth")]
     assert capsys.readouterr().out == ""  # ImageNet's are there
     monkeypatch.setattr(common, "IMAGENET_FILE", tmp_path / "none.pth")
-    monkeypatch.setattr(common, "download", lambda *args: raise_(support.UserError("no net")))
+    monkeypatch.setattr(common, "download", lambda *args: raise_(UserError("no net")))
     assert message(common.get_weights, "imagenet") == "error: no net, or use --weights FILE or --weights untrained"
     assert common.get_weights("imagenet", sample=True) == "untrained"
     assert re.fullmatch(r"no net\n\*+\nNOTICE: untrained weights[^*]*\*+\n", capsys.readouterr().out)
@@ -103,15 +104,15 @@ def test_a_record_depends_on_each_frozen_layer(vgg, dataset):
     """Not on the last layer, which is trained, nor on the order of the parameters in memory, nor on the device."""
     dsets = dsets_of(dataset)
     vgg.features.append(nn.BatchNorm2d(512))  # as a student might; it has a number without dimensions
-    record = support.make_record(dsets, vgg)
+    record = make_record(dsets, vgg)
     state = {name: on_gpu(value.clone()) for name, value in vgg.state_dict().items()}
-    assert support.make_record(dsets, SimpleNamespace(state_dict=lambda: state)) == record
-    assert support.make_record(dsets, vgg.to(memory_format=torch.channels_last)) == record
+    assert make_record(dsets, SimpleNamespace(state_dict=lambda: state)) == record
+    assert make_record(dsets, vgg.to(memory_format=torch.channels_last)) == record
     for name, value in vgg.state_dict().items():
         value += 1
-        record, before = support.make_record(dsets, vgg), record
+        record, before = make_record(dsets, vgg), record
         changed = "" if name.startswith("classifier.6.") else "different frozen layers"
-        assert support.differences(before, record) == changed, name
+        assert differences(before, record) == changed, name
 
 
 @pytest.mark.parametrize("name, bf16, computes, expected", [
@@ -234,7 +235,7 @@ def test_workers_by_default_only_for_a_gpu(dataset, monkeypatch, capsys, kind, t
     _, dsets, *loaders = load_data(dataset, limit=2, **{"num_workers": None, **options})
     assert [(loader.num_workers, loader.pin_memory) for loader in loaders] == 2 * [(workers, kind == "cuda")]
     assert capsys.readouterr().out == f"2 training images, 4 validation images; device: {kind}\n"
-    changed = support.differences(support.make_record(dsets_of(dataset)), support.make_record(dsets))
+    changed = differences(make_record(dsets_of(dataset)), make_record(dsets))
     assert changed == "different training images"  # results of a subset never mix with those of all images
 
 
