@@ -45,6 +45,7 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds, not 5, until 
 SCRIPTS = ["01_data.py", "02_vgg_imagenet.py", "03_finetune_head.py", "04_precompute.py", "05_analysis.py"]
 SAMPLE = ROOT / "sample"
 PHOTO = SAMPLE / "valid" / "dogs" / "dog.8.jpg"
+WITH_WINDOWS = "module://matplotlib.backends.backend_agg"  # stands for a backend of matplotlib that opens windows
 posix = pytest.mark.skipif(sys.modules.get("resource", os.name) in (None, "nt"), reason="Windows: open files, signals")
 
 
@@ -303,7 +304,7 @@ def lesson(vgg_file, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "save_figure", keep)
         patch.setattr(plt, "show", lambda: seen.shown.append(plt.gcf()))
-        plt.switch_backend("svg")  # any that is not the one for no display
+        plt.switch_backend(WITH_WINDOWS)
         for name in SCRIPTS:
             options = ["--sample", "--show", "--output-dir", folder, *more.get(name, [])]
             patch.setattr(sys, "argv", arguments(name, options))
