@@ -1,5 +1,5 @@
 """What passes from one script to the next (features, heads, predictions, and records of what they were made from), and
-what survives if a run is stopped, a disk is full, or something has changed in between."""
+what survives if a run is stopped, or something has changed in between."""
 import io
 import os
 import re
@@ -13,201 +13,215 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (PHOTO, ROOT, SCRIPTS, Killed, analyse, arguments, fake_results, full_disk, json_of, make_dataset,
-                      message, posix, raise_, record_of, run_here)
+from conftest import (PHOTO, ROOT, SCRIPTS, Killed, analyse, arguments, fake_results, json_of, make_dataset, message,
+                      posix, raise_, record_of, run_here)
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import common
-import support
+from support.features import FeatureFile
+from support.files import load, save
+from support.images import load_image
 
-ROWS = np.random.default_rng(0).normal(size=(60, 4, 7, 7)).astype(np.float32)
-RECORD = {"transform": "t", "training images": "i", "frozen layers": "f", "precision": "p", "network": "n"}
-OTHER_LAYERS = {**RECORD, "frozen layers": "others"}
+SCRIPT_OF = {"03": "03_finetune_head.py", "04": "04_precompute.py"}
 PROBA_DOG = [0.1, 0.2, 0.7, 0.4]  # for the four validation images of the fixture `dataset`
+ONE_EPOCH = ["--epochs", 1, "--lr", 0]  # a learning rate of 0 leaves the last layer as it is
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "conv_feat_train.npy"
-
-
-def begin(path, rows=ROWS, record=RECORD, stop=60):
-    """A FeatureFile to which rows were added in batches of 8, as 04_precompute.py does it, up to row `stop`."""
-    file = support.FeatureFile(path, rows.shape, record, 8)
-    file.resumed_at = file.done
-    for i in range(file.done, min(stop, len(rows)), 8):
-        file.append(rows[i:i + 8])
-    return file
-
-
-def keep(path, rows=ROWS, record=RECORD):
-    """The same to the end: nothing but these rows is left. Return how many of them were computed."""
-    file = begin(path, rows, record)
-    assert np.array_equal(file.finish(), rows) and np.array_equal(np.load(path), rows)
-    assert sorted(os.listdir(path.parent)) == ["conv_feat_train.json", "conv_feat_train.npy"]
-    return len(rows) - file.resumed_at
-
-
-def test_features_after_a_kill_are_those_of_an_unbroken_run(tmp_path, out, figures, monkeypatch, capsys):
+def test_features_after_a_kill_are_those_of_an_unbroken_run(tmp_path, out, figures, monkeypatch, capsys, watched):
     """An hour of work is kept. Here the third batch of 8 is killed."""
-    loaded, load_image, append = [], support.load_image, support.FeatureFile.append
     options = ["--data-dir", make_dataset(tmp_path / "data", train=9), "--output-dir", out, "--epochs", 1]
+    loaded, append, calls = [], FeatureFile.append, watched("support.progress")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(support.FeatureFile, "append", lambda file, rows: (
+        patch.setattr(FeatureFile, "append", lambda file, rows: (
             append(file, rows) if file.done < 16 else file.file.close() or raise_(Killed)))
         run_here("04_precompute.py", *options)
+    calls.clear()
     monkeypatch.setattr(common, "load_image", lambda path: loaded.append(path) or load_image(path))
     names = run_here("04_precompute.py", *options)
     assert "conv_feat_train.npy: resuming after the first 16 of 18 images" in capsys.readouterr().out
-    assert sum("train" in Path(path).parts for path in loaded) == 18 - 16 and not list(out.glob("*.part"))
+    assert sum("train" in Path(path).parts for path in loaded) == 18 - 16
+    assert calls[:2] == [(1, 18 - 16, "images"), (1, 4, "images")]  # progress counts what is left to do
     unbroken, _ = names["preconvfeat"](DataLoader(names["dsets"]["train"], batch_size=8))
     assert np.array_equal(np.load(out / "conv_feat_train.npy"), unbroken)
 
 
-def test_features_after_a_full_disk_are_whole(path):
-    """The message names the file, and the same command continues; also if the disk contains more than the rows."""
-    file = begin(path, stop=24)
-    with full_disk(20_000):
-        text = message(file.append, ROWS[24:32])
-    file.file.detach().close()  # as a kill: without what is in the buffer
-    assert f"error: {file.part}: cannot be written" in text
-    with begin(path).file as file:
-        file.write(b"more")
-    assert keep(path) == 60 - 56  # the last batch is always computed again
-    np.save(path.with_name("plain"), ROWS)
-    assert path.read_bytes() == path.with_name("plain.npy").read_bytes()
+@pytest.mark.parametrize("step", ["03", "04"])
+def test_05_sends_the_student_to_the_script_whose_results_are_missing(dataset, options, out, step):
+    """Whatever file is gone: the message has the command to run."""
+    again = f": run python {SCRIPT_OF[step]} with the same options"
+    assert message("05_analysis.py", *options, "--step", step) == (
+        f"error: {out / f'{step}_metrics.json'} is missing{again}")
+    for name in ["predictions", "all_proba", "all_classes"]:
+        fake_results(out, dataset, PROBA_DOG, step)
+        (out / f"{step}_{name}.npy").unlink()
+        assert message("05_analysis.py", *options, "--step", step) == (
+            f"error: {out / f'{step}_{name}.npy'} is missing{again}")
 
 
-@pytest.mark.parametrize("place, old_features", [
-    ("os.fsync", True), ("pathlib.Path.unlink", True), ("support.save", False), ("os.replace", False)])
-def test_features_never_stand_beside_a_record_that_is_not_theirs(path, monkeypatch, capsys, place, old_features):
-    """Wherever the end of a run is broken off, the next one neither uses wrong features nor computes all again."""
-    np.save(path, ROWS + 3)  # without a record it may be anything
-    assert keep(path) == 60
-    file, replace = begin(path, ROWS + 1, OTHER_LAYERS), os.replace
-    assert "conv_feat_train.npy was computed with different frozen layers: recomputing" in capsys.readouterr().out
-    kill = {"os.replace": lambda a, b: replace(a, b) if b.suffix == ".json" else raise_(Killed)}
-    with monkeypatch.context() as patch, pytest.raises(Killed), file.file:
-        patch.setattr(place, kill.get(place, lambda *args, **options: raise_(Killed)))
-        file.finish()
-    assert path.exists() == old_features
-    if old_features:
-        assert np.array_equal(np.load(path), ROWS) and json_of(path.with_suffix(".json"))["frozen layers"] == "f"
-    assert keep(path, ROWS + 1, OTHER_LAYERS) == 60 - 56 and keep(path, ROWS + 1, OTHER_LAYERS) == 0
-    assert "conv_feat_train.npy: already computed from the same" in capsys.readouterr().out
+def test_05_takes_the_results_of_04_if_there_are_any(dataset, options, out, figures, capsys):
+    """Else those of 03, unless --step asks for them."""
+    fake_results(out, dataset, PROBA_DOG, "03")
+    for more, step in [([], "03"), ([], "04"), (["--step", "03"], "03")]:
+        if step == "04":
+            fake_results(out, dataset, PROBA_DOG, "04")
+        run_here("05_analysis.py", *options, *more)
+        assert f"\nsummary of script {step}\n" in capsys.readouterr().out
 
 
-@posix  # Windows lets nobody rename or remove a file that another program has open
-@pytest.mark.parametrize("record", [RECORD, OTHER_LAYERS], ids=["the same", "other layers"])
-def test_two_runs_of_04_at_once(path, capsys, record):
-    """One of them is told, and the features that are left are whole: nothing is cut off rows that are being written."""
-    first = begin(path, stop=40)
-    first.append(ROWS[40:44])
-    assert first.part.stat().st_size == 128 + 44 * 784  # each batch is in the file at once, as a kill may come
-    begin(path, record=record, stop=0).file.close()
-    assert os.fstat(first.file.fileno()).st_size == 128 + 44 * 784
-    assert (".part was started with different images" in capsys.readouterr().out) == (record == OTHER_LAYERS)
-    keep(path, record=record)
-    first.append(ROWS[44:])
-    with first.file:
-        text = message(first.finish)
-    assert text.startswith(f"error: {path}: cannot be written (No such file") and "is another run writing here?" in text
-    assert keep(path, record=record) == 0
+def test_05_refuses_results_of_a_training_that_was_stopped(dataset, options, out):
+    """The head is there, the predictions are older."""
+    fake_results(out, dataset, PROBA_DOG, complete=False, train_loss=[0.7, 0.6, 0.5])
+    assert message("05_analysis.py", *options) == (
+        f"error: {out / '04_metrics.json'}: incomplete: the script was stopped after 3 epochs, before its test: run "
+        "python 04_precompute.py with the same options")
 
 
-@pytest.mark.parametrize("stop", [0, 24, 48])
-def test_the_speed_of_a_resumed_run_is_that_of_an_unbroken_one(path, monkeypatch, stop):
-    """04 calculates with it when precomputing pays off. The first batch, which starts the workers, does not count."""
-    begin(path, stop=stop).file.close()
-    ticks = iter([100, 100 + 0.25 * (60 - stop - 8)])  # at the end of the first batch of 8, and of the last one
-    monkeypatch.setattr(support.time, "perf_counter", lambda: next(ticks))
-    assert keep(path) == 60 - stop and json_of(path.with_suffix(".json"))["images_per_second"] == pytest.approx(4)
+@pytest.mark.parametrize("step", ["03", "04"])
+def test_05_refuses_results_of_other_images(dataset, options, out, step):
+    """Old predictions would stand under new images."""
+    record = fake_results(out, dataset, PROBA_DOG, step)
+    changed = {**record, "validation images": "others", "validation transform": "another"}
+    fake_results(out, dataset, PROBA_DOG, step, made_from=changed)
+    assert message("05_analysis.py", *options, "--step", step) == (
+        f"error: {out / f'{step}_predictions.npy'}: made with different validation images and a different validation "
+        f"transform: run python {SCRIPT_OF[step]} with the same options")
+    assert not list(out.glob("05_*"))
 
 
-def test_05_needs_results_that_fit(dataset, options, out, figures, capsys):
-    """Old predictions would stand under new images. Each message has the command to run, or the option to leave out."""
-    assert re.search("03_metrics.json: missing.*No such file.*: run python 03", message("05_analysis.py", *options))
-    record = fake_results(out, dataset, PROBA_DOG)
-    (out / "04_all_proba.npy").unlink()
-    assert re.search("04_all_proba.npy: missing.*: run python 04", message("05_analysis.py", *options))
-    support.save(out, {"04_metrics.json": {"made_from": record}})
-    assert "script was stopped before its test was complete: run python 04" in message("05_analysis.py", *options)
-    changed = {**record, "transform": "another", "validation images": "others"}
-    for step in ("03", "04"):
-        fake_results(out, dataset, PROBA_DOG, step=step, made_from=changed)
-        text = message("05_analysis.py", *options, "--step", step)
-        assert f"made with a different transform and different validation images: run python {step}" in text
-    record["training images"] = "others"  # predictions do not depend on them, but a head does
+def test_05_needs_no_training_images_to_show_predictions(dataset, options, out, figures):
+    """Only the head, which --image uses, depends on them."""
+    record = {**record_of(dataset), "training images": "others"}
     fake_results(out, dataset, PROBA_DOG, made_from=record)
-    text = message("05_analysis.py", *options, "--weights", "untrained")
-    assert "--weights untrained: script 04 used imagenet: omit --weights" in text and not list(out.glob("05_*"))
-    for layers, shown in [(record["frozen layers"], 1), ("others", 0)]:
-        capsys.readouterr()
-        made_from = {**record, "frozen layers": layers}
-        support.save(out, {"02_zero_shot.json": {"valid_accuracy": 0.8125, "made_from": made_from}})
-        analyse(dataset, out, "--weights", "imagenet")
-        assert capsys.readouterr().out.count("zero-shot accuracy      0.8125") == shown
-    text = message("05_analysis.py", *options, "--image", PHOTO)
-    changed = "different training images and different frozen layers"
-    assert f"04_head.pt was trained with {changed} (--weights imagenet" in text
+    run_here("05_analysis.py", *options)
+    assert message("05_analysis.py", *options, "--image", PHOTO).startswith(
+        f"error: {out / '04_head.pt'} was trained with different training images and a different network and different "
+        "frozen layers (--weights imagenet): use the same options, or train it again")
 
 
-def test_04_continues_from_03_until_the_transform_is_changed(tmp_path, out, figures, monkeypatch, capsys):
-    """An exercise. (A learning rate of 0 leaves the last layer as it is.) 04 compares its time only if 03 fits."""
-    options = ["--data-dir", make_dataset(tmp_path / "data", train=5), "--output-dir", out]  # 10: more than one batch
+def test_05_uses_the_weights_of_the_results(dataset, options, out, figures):
+    """Other weights would not belong to the head."""
+    fake_results(out, dataset, PROBA_DOG)
+    assert message("05_analysis.py", *options, "--weights", "untrained") == (
+        "error: --weights untrained: script 04 used imagenet: omit --weights")
+    assert run_here("05_analysis.py", *options, "--weights", "imagenet")["args"].weights == "imagenet"
+
+
+@pytest.mark.parametrize("changed, shown", [
+    ({}, True), ({"network": "with another last layer"}, True), ({"frozen layers": "others"}, False),
+    ({"validation images": "others"}, False)])
+def test_05_compares_with_zero_shot_on_the_same_images(dataset, out, figures, capsys, changed, shown):
+    """A number of other images or weights would mislead."""
+    record = fake_results(out, dataset, PROBA_DOG)
+    save(out, {"02_zero_shot.json": {"valid_accuracy": 0.8125, "made_from": {**record, **changed}}})
+    analyse(dataset, out)
+    line = "\n  zero-shot accuracy      0.8125  (02_vgg_imagenet.py --zero-shot)\n"
+    assert (line in capsys.readouterr().out) == shown
+
+
+@pytest.fixture
+def after_03(tmp_path, out, figures):
+    """The options of a run after 03, with more than one batch of training images, and its last layer."""
+    options = ["--data-dir", make_dataset(tmp_path / "data", train=5), "--output-dir", out]
     run_here("03_finetune_head.py", *options, "--epochs", 1)
-    names = run_here("04_precompute.py", *options, "--epochs", 1, "--lr", 0)
-    printed, head_03 = capsys.readouterr().out, support.load(out / "03_head.pt", "")["weight"]
+    return options, load(out / "03_head.pt", "")["weight"]
+
+
+def test_04_starts_from_the_last_layer_of_03(after_03, out, capsys):
+    """As in the lecture. And the times of both are compared."""
+    options, head_03 = after_03
+    capsys.readouterr()
+    names = run_here("04_precompute.py", *options, *ONE_EPOCH)
+    printed = capsys.readouterr().out
     assert torch.equal(names["model_vgg"].classifier[6].weight, head_03)
-    assert "the last layer continues from 03_head.pt, trained on the same images" in printed
+    assert "the last layer starts from 03_head.pt, trained on the same images with the same frozen layers\n" in printed
     assert "\ncomputing the features of the training images, once: " in printed
+
+
+def test_records_of_03_04_and_features_agree(after_03, out):
+    """By these, later scripts know what fits."""
+    options, _ = after_03
+    run_here("04_precompute.py", *options, *ONE_EPOCH)
     record, features = json_of(out / "03_metrics.json")["made_from"], json_of(out / "conv_feat_valid.json")
-    assert list(record) == ["transform", "training images", "validation images", "frozen layers", "precision"]
+    assert list(record) == ["training images", "training transform", "validation images", "validation transform",
+                            "network", "frozen layers", "precision"]
     assert record == json_of(out / "04_metrics.json")["made_from"]
-    assert {**features, "training images": record["training images"]} == {
-        **record, "network": str(names["frozen"]), "images_per_second": None}  # it was one batch
+    for name in ["validation images", "validation transform", "precision"]:
+        assert features[name] == record[name]
+    assert features["images_per_second"] is None  # it was one batch
+
+
+def test_after_a_change_of_the_transform_nothing_old_is_used(after_03, out, monkeypatch, capsys):
+    """An exercise: 05 refuses the predictions, 04 recomputes the features and does not take 03's last layer."""
+    options, head_03 = after_03
+    run_here("04_precompute.py", *options, *ONE_EPOCH)
     resize = transforms.Compose([transforms.Resize(256), *common.imagenet_format.transforms])
     monkeypatch.setattr(common, "imagenet_format", resize)
-    for step in ("03", "04"):
-        text = message("05_analysis.py", *options, "--step", step)
-        assert f"{step}_predictions.npy: made with a different transform: run python {step}" in text
+    for step in ["03", "04"]:
+        assert message("05_analysis.py", *options, "--step", step) == (
+            f"error: {out / f'{step}_predictions.npy'}: made with a different validation transform: run python "
+            f"{SCRIPT_OF[step]} with the same options")
     capsys.readouterr()
-    names = run_here("04_precompute.py", *options, "--epochs", 1, "--lr", 0)
+    names = run_here("04_precompute.py", *options, *ONE_EPOCH)
     printed = capsys.readouterr().out
-    assert printed.count("was computed with a different transform: recomputing") == 2
-    assert "from random weights: 03_head.pt was trained with a different transform\n" in printed
-    assert "\nan epoch on features: " in printed and "once: " not in printed
+    for x, part in [("train", "training"), ("valid", "validation")]:
+        assert f"\nconv_feat_{x}.npy was computed with a different {part} transform: recomputing\n" in printed
+    assert ("\nthe last layer starts from random weights: 03_head.pt was trained with a different training transform "
+            "and a different validation transform\n") in printed
+    assert "\nan epoch on features: " in printed and "once: " not in printed  # its time does not fit either
     assert not torch.equal(names["model_vgg"].classifier[6].weight, head_03)
-
-
-def test_one_layer_more_is_trained(options, figures):
-    """The head needs the layers below it as they are after the training, which are not saved: 05 notices."""
-    edits = {"    criterion = nn.NLL": "    model_vgg.classifier[3].requires_grad_(True)\n    criterion = nn.NLL",
-             "SGD(model_vgg.classifier[6].parameters()": "SGD(model_vgg.classifier[3:].parameters()"}  # as in README
-    for name in ("03_finetune_head.py", "04_precompute.py"):
-        run_here(name, *options, "--epochs", 1, "--lr", 0.1, edits=edits)
-        text = message("05_analysis.py", *options, "--image", PHOTO)
-        assert f"{name[:2]}_head.pt was trained with different frozen layers (--weights imagenet)" in text
 
 
 def test_an_image_is_deleted_during_the_training(dataset, options, out, figures, monkeypatch):
     """The training is not lost, and what is recorded are the images that were trained on."""
     train_model, image, record = common.train_model, dataset / "valid" / "dogs" / "dog.1.jpg", record_of(dataset)
     monkeypatch.setattr(common, "train_model", lambda *args, **options: image.unlink() or train_model(*args, **options))
-    text = message("03_finetune_head.py", *options, "--epochs", 1)
-    assert f"{image}: cannot be read as an image (No such file" in text and (out / "03_head.pt").exists()
+    assert message("03_finetune_head.py", *options, "--epochs", 1) == f"error: {image} is missing: check the name"
+    assert (out / "03_head.pt").exists()
     metrics = json_of(out / "03_metrics.json")
     assert len(metrics["train_loss"]) == 1 and metrics["made_from"]["validation images"] == record["validation images"]
+
+
+@pytest.mark.parametrize("name", ["03_finetune_head.py", "04_precompute.py"])
+def test_each_epoch_is_saved(options, out, figures, monkeypatch, name):
+    """Ctrl-C in the third of 50 epochs on all images: two are not lost."""
+    train_model = common.train_model
+
+    def killed_later(*args, epochs, after_epoch, **more):
+        def and_kill(history):
+            after_epoch(history)
+            if len(history) == 2:
+                raise Killed
+        train_model(*args, epochs=epochs, after_epoch=and_kill, **more)
+
+    monkeypatch.setattr(common, "train_model", killed_later)
+    with pytest.raises(Killed):
+        run_here(name, *options, "--epochs", 50)
+    metrics = json_of(out / f"{name[:2]}_metrics.json")
+    assert (metrics["complete"], len(metrics["train_loss"])) == (False, 2) and (out / f"{name[:2]}_head.pt").exists()
 
 
 @pytest.mark.parametrize("name", SCRIPTS[1:])
 def test_folders_are_checked_before_any_work(tmp_path, monkeypatch, name):
     """Not after hours of it. A student who starts in the middle is sent to the beginning."""
-    options = ["--data-dir", tmp_path / "none", "--output-dir", tmp_path]
-    assert f"error: {tmp_path / 'none' / 'train'} is missing: run python 01_data.py" in message(name, *options)
+    options = ["--data-dir", tmp_path / "none", "--output-dir", tmp_path / "out"]
+    assert message(name, *options).endswith("train or valid is missing: run python 01_data.py first, or use --sample")
     monkeypatch.setattr("tempfile.mkdtemp", lambda *args, **options: raise_(PermissionError(13, "Permission denied")))
-    assert f"error: {tmp_path}: cannot be written (Permission denied): check its permissions" in message(name, *options)
+    assert message(name, *options).startswith(
+        f"error: {tmp_path / 'out'}: cannot be written (Permission denied): check its permissions")
+
+
+@pytest.mark.parametrize("name", SCRIPTS[1:4])
+def test_without_network_the_sample_continues_and_a_full_run_stops(options, out, figures, monkeypatch, capsys, name):
+    """02, 03 and 04: the first try of the course needs no network; hours with random weights would be lost."""
+    monkeypatch.setattr(common, "IMAGENET_FILE", out / "none.pth")
+    few = [] if name == "02_vgg_imagenet.py" else ["--epochs", 1]
+    assert message(name, *options, *few).endswith(", or use --weights FILE or --weights untrained")
+    assert not list(out.glob("0*"))
+    names = run_here(name, "--sample", "--output-dir", out, *few)
+    printed = capsys.readouterr().out
+    assert names["args"].weights == "untrained" and "\nNOTICE: untrained weights." in printed
+    assert "weights=untrained" in printed and "\nDone (untrained weights). Next" in printed
 
 
 @posix
@@ -225,7 +239,7 @@ def test_ctrl_c_keeps_the_part_file_and_leaves_no_workers(tmp_path, out):
     assert (process.returncode, stderr.strip()) == (130, "stopped by Ctrl-C"), stdout + stderr
     with pytest.raises(ProcessLookupError):  # no orphan workers
         os.killpg(process.pid, 0)
-    assert re.fullmatch(r"conv_feat_train\.\w{16}\.part", *os.listdir(out))
+    assert re.fullmatch(r"conv_feat_train\.(\w{8})\.json conv_feat_train\.\1\.part", " ".join(sorted(os.listdir(out))))
 
 
 def test_workers_that_are_started_as_on_macos_and_windows(dataset, options, out, figures, monkeypatch, vgg, capfd):
@@ -234,6 +248,7 @@ def test_workers_that_are_started_as_on_macos_and_windows(dataset, options, out,
     main.__file__ = str(ROOT / "05_analysis.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", arguments("05_analysis.py", [*options, "--submission", "--num-workers", 1]))
+    main.__doc__ = "python 05_analysis.py"
     (dataset / "test1").mkdir()
     (dataset / "test1" / "1.jpg").write_bytes(PHOTO.read_bytes())
     fake_results(out, dataset, PROBA_DOG, model=vgg)
@@ -249,15 +264,19 @@ def test_workers_that_are_started_as_on_macos_and_windows(dataset, options, out,
 
 
 @posix
-def test_a_console_that_cannot_print_a_path_or_is_closed(tmp_path, out, figures, monkeypatch, capfd):
-    """A user named Müller; and output that is piped into head. Each line appears at once, also in a pipe."""
-    options = ["--data-dir", make_dataset(tmp_path / "M\u00fcller \u732b"), "--output-dir", out]
+def test_a_console_that_cannot_print_a_path(tmp_path, out, figures, monkeypatch):
+    """A user named Müller."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    run_here("01_data.py", *options)
+    run_here("01_data.py", "--data-dir", make_dataset(tmp_path / "M\u00fcller \u732b"), "--output-dir", out)
     assert re.search(r"M\\xfcller \\u732b(.|\n)*Done[.] Next", sys.stdout.buffer.getvalue().decode())
+
+
+@posix
+def test_a_console_that_is_closed(options, figures, monkeypatch, capfd):
+    """Output that is piped into head: no traceback, and the status of a program that a closed pipe has ended."""
     read, write = os.pipe()
     os.close(read)
-    with open(write, "w") as pipe, pytest.raises(SystemExit, match="141"):  # as a program that a closed pipe has ended
+    with open(write, "w") as pipe, pytest.raises(SystemExit, match="141"):
         monkeypatch.setattr(sys, "stdout", pipe)
         message("01_data.py", *options)
     assert capfd.readouterr().err == ""
