@@ -44,7 +44,8 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds, not 5, until 
 
 SCRIPTS = ["01_data.py", "02_vgg_imagenet.py", "03_finetune_head.py", "04_precompute.py", "05_analysis.py"]
 SAMPLE = ROOT / "sample"
-PHOTO = SAMPLE / "valid" / "dogs" / "dog.8.jpg"
+PHOTO, SECOND_PHOTO = SAMPLE / "valid" / "dogs" / "dog.8.jpg", SAMPLE / "train" / "cats" / "cat.0.jpg"
+TRAIN, VALID = (sorted((SAMPLE / x).rglob("*.jpg")) for x in ["train", "valid"])  # 16 and 8 images
 WITH_WINDOWS = "module://matplotlib.backends.backend_agg"  # stands for a backend of matplotlib that opens windows
 posix = pytest.mark.skipif(sys.modules.get("resource", os.name) in (None, "nt"), reason="Windows: open files, signals")
 
@@ -111,10 +112,12 @@ def full_disk(size):
 
 
 def make_dataset(folder, train=3, valid=2):
-    """A small dataset in the lecture's layout: bright noise for cats, dark noise for dogs."""
+    """A small dataset in the lecture's layout: bright noise for cats, dark noise for dogs. train, valid: how many of
+    each class, or (cats, dogs)."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("valid", valid)):
-        for name, level in (("cat", 150), ("dog", 20)):
+    for part, counts in (("train", train), ("valid", valid)):
+        cats, dogs = counts if isinstance(counts, tuple) else (counts, counts)
+        for name, level, count in (("cat", 150, cats), ("dog", 20, dogs)):
             place = folder / part / f"{name}s"
             place.mkdir(parents=True)
             for i in range(count):
@@ -170,16 +173,33 @@ def analyse(dataset, folder, *options):
     return run_here("05_analysis.py", "--data-dir", dataset, "--output-dir", folder, *options)
 
 
-@pytest.fixture
-def figures(monkeypatch):
+def see(folder):
+    """The images of a folder, as the network sees them."""
+    return datasets.ImageFolder(folder, common.imagenet_format)
+
+
+@torch.inference_mode()
+def outputs_of(model, folder):
+    return torch.cat([model(inputs) for inputs, _ in DataLoader(see(folder), batch_size=5)])
+
+
+@contextlib.contextmanager
+def not_painted():
     """The figures that are saved, {file name: Figure}. They are not painted, which would take most of a run's time."""
     figures, save = {}, common.save
 
     def keep(folder, files, **options):
         figures.update(files) if ".png" in str(files) else save(folder, files, **options)  # a figure is saved alone
 
-    monkeypatch.setattr(common, "save", keep)
-    return figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "save", keep)
+        yield figures
+
+
+@pytest.fixture
+def figures():
+    with not_painted() as figures:
+        yield figures
 
 
 @pytest.fixture
@@ -293,8 +313,8 @@ def lesson(vgg_file, tmp_path_factory):
     the cells, what each script printed, its variables, all figures, and those that were shown."""
     folder = tmp_path_factory.mktemp("lesson")
     seen = SimpleNamespace(folder=folder, headings=[], printed={}, names={}, figures={}, shown=[])
-    more = {"02_vgg_imagenet.py": ["--zero-shot", "--image", PHOTO], "04_precompute.py": ["--epochs", 3],
-            "05_analysis.py": ["--image", PHOTO]}
+    more = {"02_vgg_imagenet.py": ["--zero-shot", "--image", PHOTO, "--image", SECOND_PHOTO],
+            "04_precompute.py": ["--epochs", 3], "05_analysis.py": ["--image", PHOTO, SECOND_PHOTO]}
     save_figure, backend = common.save_figure, plt.get_backend()
 
     def keep(path, show):
