@@ -3,7 +3,7 @@
 The lecture's "Modifying the last layer and setting the gradient false to all layers" (video from 0:45:55,
 https://youtu.be/ZhC-DIrCe6A?t=2755) and "Training the fully connected module" (from 0:49:50).
 
-  python 03_finetune_head.py --sample    24 images, a few seconds
+  python 03_finetune_head.py --sample    24 images, less than a minute
   python 03_finetune_head.py             all 25,000 images: minutes on a GPU, hours on a CPU
 
 Reads the dataset. Writes to the output folder 03_head.pt (state dict of the last layer), 03_predictions.npy (M,),
@@ -20,7 +20,7 @@ from torch import nn
 from torchvision import datasets, models, transforms
 
 from common import (four_of_each, get_weights, imshow, load_data, load_vgg16, plot_training, save_figure, save_results,
-                    show_predictions, test_model, to_device, train_model)
+                    show_predictions, test_model, to_device, to_log_proba, train_model)
 from support.images import load_image
 from support.options import number, option_parser
 from support.records import make_record
@@ -44,28 +44,30 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py
     print(model_vgg)
 
-    # The lecture's picture of VGG16. Convolutions detect small patterns anywhere in the image. Pooling, at the end of
+    # The lecture's diagram of VGG16. Convolutions detect small patterns anywhere in the image. Pooling, at the end of
     # each of the first blocks, halves width and height, so small shifts matter less. Dense layers (Linear) combine
     # patterns from the whole image; the first one contains 103 million of the 138 million parameters.
     blocks = []
-    start = 0
+    first = 0
     for i, layer in enumerate(model_vgg.features):
-        if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):
-            blocks.append(model_vgg.features[start:i + 1])  # a slice: not a copy, but the same layers
-            start = i + 1
+        if isinstance(layer, (nn.MaxPool2d, nn.AvgPool2d)):  # AvgPool2d: if you replace the pooling
+            blocks.append(model_vgg.features[first:i + 1])  # a slice: not a copy, but the same layers
+            first = i + 1
     n_drawn = len(blocks)  # 5
-    # The dense layers. avgpool changes nothing here: its input is already 7 x 7.
+    # Blocks 6 to 8 are the dense layers. avgpool changes nothing here: its input is already 7 x 7. Flatten turns its
+    # output, 512 x 7 x 7, into the 25,088 numbers in a row that Linear expects.
     blocks += [nn.Sequential(model_vgg.avgpool, nn.Flatten(), model_vgg.classifier[:2]),
                model_vgg.classifier[3:5], model_vgg.classifier[6]]
+    # Among the first 20 validation images, look for one of at least 224 x 224 pixels: it has no black borders.
     large = [i for i in range(min(dset_sizes["valid"], 20)) if min(load_image(dsets["valid"].imgs[i][0]).size) >= 224]
-    image, _ = dsets["valid"][large[0] if large else 0]  # (3, 224, 224), if possible without black borders
+    image, _ = dsets["valid"][large[0] if large else 0]  # (3, 224, 224)
     plt.figure(figsize=(15, 3.6), layout="constrained")
     plt.suptitle(f"A validation image after each block of VGG16{note}")
     plt.subplot(1, n_drawn + 1, 1, anchor="N")
     imshow(image, "input")
     print("\neach block: output shape for one image, and number of parameters")
     x = image[None]  # the network expects a batch; [None] makes a batch of one: (1, 3, 224, 224)
-    model_vgg.eval()
+    model_vgg.eval()  # switches dropout off, as in 02
     for i, block in enumerate(blocks, 1):
         with torch.inference_mode():
             x = block(x)
@@ -85,6 +87,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         param.requires_grad = False
     # Keep all layers but the last, which is classifier[6] in the printout above; replace it with a new layer that has 2
     # outputs instead of 1,000. (The old layer's 4.1 million weights, for ImageNet's classes, are discarded.)
+    # classifier[6] is the lecture's classifier._modules['6'], and append adds its _modules['7'].
     # Before you read on: how many parameters does the new layer have?
     torch.manual_seed(args.seed)  # the new layer starts from random weights
     model_vgg.classifier[6] = nn.Linear(4096, 2)
@@ -93,9 +96,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     print("\nthe classifier with its new last layer:", model_vgg.classifier, sep="\n")
     n_trainable = sum(param.numel() for param in model_vgg.parameters() if param.requires_grad)
     n_frozen = sum(param.numel() for param in model_vgg.parameters() if not param.requires_grad)
-    n_outputs = model_vgg.classifier[6].out_features
-    print(f"trainable parameters: {n_trainable:,} ({n_outputs} x 4096 weights + {n_outputs} biases); "
-          f"frozen: {n_frozen:,}")
+    shapes = " + ".join(" x ".join(map(str, param.shape)) for param in model_vgg.classifier[6].parameters())
+    print(f"trainable parameters: {n_trainable:,} (new last layer: {shapes}); frozen: {n_frozen:,}")
 
     model_vgg = to_device(model_vgg, device, args.bf16)
 
@@ -112,18 +114,19 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
 # %% Training the model
     banner("Training the model")
-    # An epoch uses every training image once, in batches; each batch gives one update of the parameters. The accuracy
-    # of an epoch is measured during training, with dropout on, so the validation accuracy can be higher. On the full
-    # dataset, expect a validation accuracy of about 98% (see the README).
-    before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}  # a copy of all parameters
+    # The lecture's train_model is in common.py: search for def train_model. It also explains why the video's losses are
+    # smaller. An epoch uses every training image once, in batches; each batch gives one update of the parameters. The
+    # accuracy of an epoch is measured during training, with dropout on, so the validation accuracy can be higher.
+    before = {name: param.detach().clone() for name, param in model_vgg.named_parameters()}  # to see which ones change
 
     def after_epoch(history):  # save what is done, in case the run is stopped
         if len(history) < args.epochs:  # the last epoch is saved below
             record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # what the results depend on
             save_results(args, "03", model_vgg, record, history)
 
+    history = []  # used if you replace the call below by the lecture's, which has no "history ="
     torch.manual_seed(args.seed)  # for shuffling and dropout
-    # The lecture's function is in common.py: search for def train_model. Its last two arguments are not the lecture's.
+    # criterion and after_epoch are not the lecture's: its function uses the script's variable criterion.
     history = train_model(model_vgg, loader_train, size=dset_sizes["train"], epochs=args.epochs,
                           optimizer=optimizer_vgg, criterion=criterion, after_epoch=after_epoch)
 
@@ -139,7 +142,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # later scripts check that it is still the same
     save_results(args, "03", model_vgg, record, history)  # save now, in case the test stops at a damaged image
 
-    # Also in common.py: search for def test_model.
+    # test_model is in common.py, too: search for def test_model.
     predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes["valid"])
     metrics = save_results(args, "03", model_vgg, record, history, (predictions, all_proba, all_classes))
 
@@ -149,7 +152,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     inputs = torch.stack([dsets["valid"][i][0] for i in idx])  # (8, 3, 224, 224)
     classes = torch.tensor([dsets["valid"].targets[i] for i in idx])
     with torch.inference_mode():
-        outputs = model_vgg(inputs.to(device))  # (8, 2)
+        outputs = to_log_proba(model_vgg(inputs.to(device)))  # (8, 2)
     print(f"\nprobabilities of {' and '.join(dset_classes)} for {len(idx)} images, torch.exp(outputs):")
     print(torch.exp(outputs))
     print("their classes:", classes)
@@ -165,5 +168,5 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         print(f"\nOnly {n_updates} updates, on {dset_sizes['train']} images: the code works, but the model has learned "
               "almost nothing.")
         untrained = " --weights untrained --lr 0.1" if note else ""
-        print(f"To see it learn: python 04_precompute.py --sample --layer fc7 --epochs 200{untrained}")
+        print(f"To see it learn, you can also run python 04_precompute.py --sample --layer fc7 --epochs 200{untrained}")
     print(f"\nDone{note}. Next, with the same options (--sample, --limit, ...): python 04_precompute.py")

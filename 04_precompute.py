@@ -3,7 +3,7 @@
 The lecture's "Speeding up the learning by precomputing features" (video from 0:57:40,
 https://youtu.be/ZhC-DIrCe6A?t=3460).
 
-  python 04_precompute.py --sample                     24 images, a few seconds
+  python 04_precompute.py --sample                     24 images, less than a minute
   python 04_precompute.py --limit 1000 --layer fc7     1,000 images: minutes on a CPU
   python 04_precompute.py                              all 25,000 images; if interrupted, run it again to resume
 
@@ -54,11 +54,9 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py
     torch.manual_seed(args.seed)
     model_vgg = to_device(freeze_and_replace_head(model_vgg), device, args.bf16)  # as in 03_finetune_head.py
-    record = make_record(dsets, model_vgg, model_vgg.classifier[6])
 
     # Note: without dropout, frozen layers give the same output for an image in every epoch, so they need to run only
-    # once. Before you read on: how many numbers are the features of one image? (The letters in the shapes are explained
-    # in common.py.)
+    # once. Before you read on: how many numbers are the features of one image?
     if args.layer == "conv":
         # avgpool changes nothing here, because its input is already 7 x 7; the lecture leaves it out.
         frozen, trained = nn.Sequential(model_vgg.features, model_vgg.avgpool), model_vgg.classifier
@@ -95,9 +93,9 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # interrupted run can be resumed. You can follow the video without understanding the details of this loop.
     batch_size = 8 if device.type == "cpu" else 64  # on a CPU, larger batches are slower and need more memory
     conv_feat = {}
-    of_frozen = make_record({}, frozen)
+    of_frozen = make_record({}, frozen)  # what the frozen layers are and compute
     for x in ["train", "valid"]:
-        made_from = dsets[x].record | of_frozen  # if any of this changes, the features are computed again
+        made_from = make_record({x: dsets[x]}) | of_frozen  # if any of this changes, the features are computed again
         file = FeatureFile(args.output_dir / f"{args.layer}_feat_{x}.npy", (dset_sizes[x], *x_try.shape[1:]), made_from,
                            batch_size)
         remaining = Subset(dsets[x], range(file.done, dset_sizes[x]))  # skip what an earlier run has computed
@@ -125,6 +123,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
     # As in the lecture, the training starts from the last layer that 03 trained, if 03 used the same images and frozen
     # layers.
+    record = make_record(dsets, model_vgg, model_vgg.classifier[6])
+    record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # what a result depends on
     path_03 = args.output_dir / "03_metrics.json"
     metrics_03 = load(path_03, "run python 03_finetune_head.py again") if path_03.exists() else None
     if metrics_03 is None:
@@ -143,14 +143,16 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         history[-1]["valid_accuracy"] = np.mean(predictions == all_classes)
         save_results(args, "04", model_vgg, {}, history)  # without a record: the run is not complete
 
-    # 50 epochs here, only 2 in 03: on features, an epoch takes a fraction of the time (see below). As in 03, the
-    # optimizer receives only the last layer's parameters.
+    # Train for 50 epochs (03: 2), as an epoch on features takes a fraction of the time (printed below). As in 03, the
+    # optimizer receives only the last layer's parameters, and train_model is in common.py.
     criterion = nn.NLLLoss()
     optimizer_vgg = torch.optim.SGD(model_vgg.classifier[6].parameters(), lr=args.lr)
+    history = []  # used if you replace the call below by the lecture's, which has no "history ="
     torch.manual_seed(args.seed)  # for shuffling and dropout
     history = train_model(trained, loaderfeat_train, size=dset_sizes["train"], epochs=args.epochs,
                           optimizer=optimizer_vgg, criterion=criterion, after_epoch=after_epoch)
 
+    # The lecture's call. It repeats the test after the last epoch.
     predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"])
     record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # again: your edits may have changed other layers
     metrics = save_results(args, "04", model_vgg, record, history, (predictions, all_proba, all_classes))

@@ -59,8 +59,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 # %% Viewing model prediction (qualitative analysis)
     banner("Viewing model prediction (qualitative analysis)", "1:03:39", args.pause)
     # Judge a model on images it was not trained on. If it does much better on the training images, it is overfitting.
-    # First make a model that can overfit; only then add regularization (such as dropout) and
-    # augmentation (random changes to the images in every epoch; impossible with precomputed features).
+    # First make a model that can overfit; only then add regularization (such as dropout) and augmentation (random
+    # changes to the images in every epoch; impossible with precomputed features).
     if "train_accuracy" in metrics:
         print(f"training accuracy in the last epoch ({of_script}): {metrics['train_accuracy'][-1]:.4f}")
 
@@ -109,6 +109,19 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     most_uncertain = np.argsort(np.abs(all_proba[:, 1] - 0.5), kind="stable")[:n_view]
     view(most_uncertain, "Most uncertain", "05_most_uncertain.png")
 
+# %% Conclusion
+    banner("Conclusion")
+    # Before you read on: a network of 134 million parameters made these predictions. How many of them did we train?
+    # (A logistic regression exactly with --layer fc7. Otherwise dropout changes its inputs a little in each epoch.)
+    # 02_vgg_imagenet.py showed that VGG16 can name breeds of cats and dogs, so it is not surprising that its features
+    # distinguish cats from dogs.
+    print("We trained a simple logistic regression: 2 x 4096 + 2 = 8,194 parameters, for which any CPU is enough.\n"
+          "We used a sledgehammer to kill a fly: VGG16 had learned from 1.2 million photos, many of cats and dogs.\n"
+          "Still, these were the steps of a real project: get the data, set up the machine, prepare the images,\n"
+          "compute the features once, and keep them for the next experiment.")
+
+# %% Beyond the lecture
+    banner("Beyond the lecture")
     # All images in four numbers: a row for each true class, a column for each predicted class
     confusion = np.array([[len(correct_cats), len(incorrect_dogs)], [len(incorrect_cats), len(correct_dogs)]])
     plt.figure(figsize=(5, 4.5), layout="constrained")
@@ -152,19 +165,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         if not differences(zero_shot.get("made_from", {}), same):  # the same images and weights
             print(f"  zero-shot accuracy      {zero_shot['valid_accuracy']:.4f}  (02_vgg_imagenet.py --zero-shot)")
 
-# %% Conclusion
-    banner("Conclusion")
-    # Before you read on: a network of 138 million parameters made these predictions. What did we train, in the end?
-    # 02_vgg_imagenet.py showed that VGG16 can name breeds of cats and dogs, so it is not surprising that its features
-    # distinguish cats from dogs.
-    print("We trained a simple logistic regression: 2 x 4096 + 2 = 8,194 parameters, for which any CPU is enough.\n"
-          "We used a sledgehammer to kill a fly: VGG16 had learned from 1.2 million photos, many of cats and dogs.\n"
-          "Still, these were the steps of a real project: get the data, set up the machine, prepare the images,\n"
-          "compute the features once, and keep them for the next experiment.")
-
-# %% Beyond the lecture
     if args.image or args.submission:
-        banner("Beyond the lecture: the trained network on new photos")
         device = get_device(args.device, args.bf16)
         model_vgg = freeze_and_replace_head(load_vgg16(get_weights(args.weights)))
         model_vgg = to_device(model_vgg, device, args.bf16)
@@ -173,7 +174,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         now = make_record(dsets, model_vgg, model_vgg.classifier[6])
         if changed := differences(metrics["made_from"], now):
             raise UserError(f"{path} was trained with {changed} (--weights {metrics['weights']}): use the same "
-                            "options, or train it again")
+                            "options, or train it again (repeat your edits of its network in common.py)")
         load_state(model_vgg.classifier[6], path, "run the script that trained it again")
         model_vgg.to(device).eval()  # load_state leaves the new parameters on the CPU
     if args.image:

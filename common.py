@@ -123,8 +123,8 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
         epoch_loss = running_loss.item() / size
         epoch_acc = running_corrects.item() / size
         seconds = time.perf_counter() - start
-        if not np.isfinite(epoch_loss):
-            raise UserError(f"the training loss is {epoch_loss}: use a smaller --lr")
+        if not 0 <= epoch_loss < np.inf:
+            raise UserError(f"the training loss is {epoch_loss}: use a smaller --lr, or LogSoftmax if it is negative")
         print(f"epoch {epoch:2}/{epochs}  loss {epoch_loss:.4f}  accuracy {epoch_acc:.4f}  {seconds:.2f} s")
         history.append({"loss": epoch_loss, "accuracy": epoch_acc, "seconds": seconds})
         if after_epoch:
@@ -191,7 +191,9 @@ def save_results(args, step, model, record, history, results=()):
         metrics |= {names[key]: [epoch[key] for epoch in history] for key in names if key in history[0]}
     files = {f"{step}_head.pt": {name: value.cpu() for name, value in model.classifier[6].state_dict().items()}}
     if results:
-        predictions, all_proba, all_classes = results
+        predictions, all_proba, all_classes = results[0].astype(np.int64), results[1], results[2].astype(np.int64)
+        if not np.allclose(all_proba.sum(axis=1), 1, atol=0.01):  # as from the lecture's own test_model
+            raise UserError("test_model must return probabilities: put outputs.exp() in all_proba, not outputs")
         metrics["valid_loss"] = log_loss(all_proba, all_classes)
         metrics["valid_accuracy"] = np.mean(predictions == all_classes)
         files |= {f"{step}_predictions.npy": predictions, f"{step}_all_proba.npy": all_proba,
@@ -350,7 +352,7 @@ def show_predictions(images, paths, classes, proba, heading):
     plt.gcf().get_layout_engine().set(h_pad=0.1)  # inches: space between the heading and the first titles
     plt.suptitle(heading)
     for i, image in enumerate(images):
-        true, pred = ANIMALS[classes[i]], ANIMALS[proba[i].argmax()]
+        true, pred = ANIMALS[int(classes[i])], ANIMALS[proba[i].argmax()]
         plt.subplot(rows, 4, i + 1, anchor="N")  # N (north): images of different heights are aligned at the top
         if isinstance(image, torch.Tensor):
             imshow(image)

@@ -9,6 +9,24 @@ import sys
 MEMORY_ERRORS = ["out of memory", "llocate memory", "nable to allocate", "not enough memory", "Invalid buffer size"]
 
 
+# What an edit can cause, found by a part of Python's or PyTorch's own message, and what to do about it.
+LARGER = "the transform makes images that are too small for the network: use a larger crop, such as CenterCrop(224)"
+TO_TENSOR = "the transform does not make tensors: add transforms.ToTensor(), before Normalize"
+AFTER_AN_EDIT = {
+    "stack expects each tensor to be equal size":
+        "the transform makes images of different sizes: add a crop to it, such as transforms.CenterCrop(224)",
+    "PIL.Image.Image": TO_TENSOR, "'Image' object has no attribute 'cpu'": TO_TENSOR,
+    "Output size is too small": LARGER, "Kernel size can't be greater": LARGER,
+    "is out of bounds": "more classes than outputs: the 2 of nn.Linear(4096, 2) must be the number of CLASSES",
+    "device-side assert": "the GPU stopped without a reason: add --device cpu to see it",
+    "shapes cannot be multiplied": "the first number of a layer must be the number of outputs before it",
+    "argument 'criterion'": "your train_model has no criterion and after_epoch: delete both where it is called",
+    "name 'device' is not defined": "paste the lecture's functions into the script, whose variables they use",
+    "name 'criterion' is not defined": "paste the lecture's functions after the line criterion = ... of the script",
+    "object has no attribute 'features'": "this needs a network with features, avgpool and classifier, such as vgg13",
+}
+
+
 class UserError(Exception):
     """A problem that the user can fix. The message names the file or option and says what to do."""
 
@@ -43,6 +61,7 @@ def on_error(path, problem="cannot be written", advice="fix this, or choose anot
             if error.errno == errno.ENOENT and problem != "cannot be written":
                 raise UserError(f"{path} is missing: {advice}") from error
             text = error.strerror
+            problem = problem if "cannot" in problem else "cannot be read"
             advice = advice if error.errno == errno.ENOENT else remedy(error)
         raise UserError(f"{path}: {problem} ({' '.join(text.split())[:120]}): {advice}") from error
 
@@ -53,6 +72,9 @@ def one_line(error):
     if isinstance(error, UserError):
         # a DataLoader passes on an error of a worker as a long text that ends with "UserError: " and the message
         return " ".join(text.rpartition("UserError: ")[2].splitlines())
+    for sign, advice in AFTER_AN_EDIT.items():
+        if sign in text:
+            return f"{text.splitlines()[-1][:120]}: {advice}"
     if "shared memory" in text:
         return "too little shared memory for worker processes: add --num-workers 0"
     if isinstance(error, ConnectionError) or text.startswith("DataLoader worker"):

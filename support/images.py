@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", "Palette images with Transparency")  # harmles
 def load_image(path, rotate=False):
     """Return the RGB PIL image in a file, rotated according to its EXIF data if `rotate`. Raises UserError if it is
     damaged, not an image, larger than 89 million pixels, or has 32-bit pixels."""
-    advice = "replace it (with a JPEG, for example) or remove it" if os.path.exists(path) else "check the name"
+    advice = "replace it with a JPEG, or move it to another folder" if os.path.exists(path) else "check the name"
     with on_error(path, "cannot be read as an image", advice), Image.open(path) as image:
         if rotate:
             image = ImageOps.exif_transpose(image)
@@ -63,7 +63,8 @@ def check_folders(data_dir, classes):
         counts = {name: sum(map(is_image_file, files[name])) for name in files}
         if sorted(files) != classes:
             raise UserError(f"{folder}: must contain images in the folders {classes}, and no other folders, but "
-                            f"contains {counts}: move what is different, or change CLASSES in common.py")
+                            f"contains {counts}: move what is different, or change CLASSES in common.py (in "
+                            "alphabetical order)")
         for name in classes:
             if counts[name] == 0:
                 endings = sorted({os.path.splitext(file)[1] or "none" for file in files[name]})
@@ -96,15 +97,18 @@ def check_images(data_dir, remember):
 
     print(f"checking that all {len(images):,} images can be read" + (" (only the first time)" if remember else ""))
     pool = ThreadPoolExecutor()
+    results = map(problem, images)
     try:
-        problems = [text for text in progress(pool.map(problem, images), len(images), len(images)) if text]
+        with contextlib.suppress(RuntimeError):  # this system may allow no more threads
+            results = pool.map(problem, images)
+        problems = [text for text in progress(results, len(images), len(images)) if text]
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not open the other images
     if problems:
         print(*problems[:20], sep="\n", file=sys.stderr)
         more = " (only the first 20 are listed)" if len(problems) > 20 else ""
-        raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read{more}: replace or "
-                        "delete them, then run python 01_data.py again (omit --from-kaggle)")
+        raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read{more}: replace "
+                        "them or move them to another folder, then run python 01_data.py again (omit --from-kaggle)")
     if remember:
         with contextlib.suppress(OSError):  # a dataset on a read-only disk is checked every time
             checked.write_bytes(digest)
