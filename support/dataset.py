@@ -101,9 +101,8 @@ def get_dataset(data_dir, kaggle):
     if check_place(data_dir, kaggle):
         return
     archive = data_dir.with_name("dogscats.tgz")
-    data_dir.parent.mkdir(parents=True, exist_ok=True)
     if not kaggle and not archive.exists():
-        urls = [os.environ["DOGSCATS_URL"]] if "DOGSCATS_URL" in os.environ else URLS
+        urls = [os.environ["DOGSCATS_URL"]] if os.environ.get("DOGSCATS_URL") else URLS
         download(urls, archive, SIZE, HASH, room=UNPACKED)
     temporary = temporary_folder(data_dir.parent)
     folder = temporary / "dogscats"

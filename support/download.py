@@ -1,12 +1,13 @@
 """A download that resumes, and is checked."""
 import base64
+import contextlib
 import hashlib
 import math
 import os
 import shutil
 import urllib.error
 import urllib.request
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from support.errors import UserError, on_error
 from support.files import MIB, replace
@@ -25,16 +26,17 @@ def open_url(url, done):
     headers = {"User-Agent": "torch.hub"}  # some servers refuse Python's own name
     if done:
         headers["Range"] = f"bytes={done}-"
-    scheme, _, rest = url.partition("://")
-    login, at, address = rest.rpartition("@")
-    if at:
+    parts = urlsplit(url)
+    login, _, host = parts.netloc.rpartition("@")
+    if login:
         headers["Authorization"] = "Basic " + base64.b64encode(unquote(login).encode()).decode()
-        url = f"{scheme}://{address}"
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)  # seconds without data
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers)
+    return urllib.request.urlopen(request, timeout=30)  # seconds without data
 
 
 def fetch(url, part, size):
-    """Download the rest of the file `part`, up to `size` bytes. Raises OSError or HTTPException if that fails."""
+    """Download the rest of the file `part`, up to `size` bytes. Raises OSError or HTTPException if that fails, or
+    UserError if the disk is the problem."""
     done = part.stat().st_size if part.exists() else 0
     try:
         response = open_url(url, done if done < size else 0)
@@ -53,7 +55,8 @@ def fetch(url, part, size):
             file.seek(done)
             chunks = iter(lambda: response.read(MIB), b"")
             for chunk in progress(chunks, math.ceil((size - done) / MIB), (size - done) / 1e6, "MB"):
-                file.write(chunk)
+                with on_error(part):
+                    file.write(chunk)
             if file.tell() != size:
                 raise OSError(f"the connection closed after {file.tell():,} of {size:,} bytes")
             file.truncate()
@@ -66,15 +69,14 @@ def download(urls, path, size, hashed, room=0):
     part = path.with_name(path.name + ".part")
     with on_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    done = part.stat().st_size if part.exists() else 0
-    needed = max(size - done, 0) + room
-    try:
-        free = shutil.disk_usage(path.parent).free
-    except OSError:
-        free = 0
-    if 0 < free < needed:  # 0: this disk does not report it
-        raise UserError(f"{path.parent}: about {needed:,} bytes are needed, but only {free:,} are free: free some "
-                        "space, or choose another folder")
+        done = part.stat().st_size if part.exists() else 0
+        needed, free = max(size - done, 0) + room, 0
+        with contextlib.suppress(OSError):  # some disks do not report it, or report 0
+            free = shutil.disk_usage(path.parent).free
+        if 0 < free < needed:
+            raise UserError(f"{path.parent}: about {needed:,} bytes are needed, but only {free:,} are free: free some "
+                            "space, or choose another folder")
+        part.touch()  # before the download, as the folder may be read-only
     print(f"downloading {size:,} bytes to {path}" + (f", resuming after the first {done:,}" if done else ""))
     failures = []
     for url in urls:
@@ -87,9 +89,12 @@ def download(urls, path, size, hashed, room=0):
                 raise OSError("the file was damaged (wrong checksum), and has been removed")
             replace(part, path)
             return
-        except Exception as error:  # any network or disk error
+        except UserError:
+            raise
+        except Exception as error:  # any network error
             if path.exists() and not part.exists():
                 return  # another run has finished the download
-            failures.append(f"{url.rpartition('@')[2]}: {str(error) or type(error).__name__}")
+            shown = url.rpartition("@")[2].partition("?")[0]  # without a password or a key
+            failures.append(f"{shown}: {str(error) or type(error).__name__}")
     raise UserError(f"{path.name} cannot be downloaded ({'; '.join(failures)}): run this script again to resume, or "
                     f"save the file with a browser as {path}")

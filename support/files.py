@@ -24,8 +24,8 @@ def absolute_path(text):
     path = Path(os.path.expanduser(text)).absolute()
     for place in [path, *path.parents]:
         if place.is_symlink() and not os.path.exists(place):
-            raise UserError(f"{place} is a link to {os.readlink(place)}, which does not exist: connect that disk, or "
-                            "create that folder")
+            raise UserError(f"{place} is a link to {os.path.realpath(place)}, which does not exist: connect that disk, "
+                            "or create that folder")
     return path.resolve()
 
 
@@ -41,8 +41,10 @@ def replace(source, target):
 
 def temporary_folder(parent):
     """Create a folder in `parent` for this run only. Also remove folders that killed runs left behind: those unchanged
-    for an hour, by the clock of that disk."""
-    folder = Path(tempfile.mkdtemp(prefix=".part-", dir=parent))
+    for an hour, by the clock of that disk. Raises UserError if `parent` cannot be written."""
+    with on_error(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".part-", dir=parent))
     for old in parent.glob(".part-*"):
         with contextlib.suppress(OSError):  # another run may be removing it too
             changed = max(place.stat().st_mtime for place in [old, *old.glob("**/")])  # of the folders in it
@@ -71,9 +73,7 @@ def encode(name, content):
 def save(folder, files, quiet=False, fsync=True):
     """Write {name: content} to the folder, each file completely or not at all; raises UserError if that fails. The last
     of several files marks the set as complete: its old copy is removed first, and the new one is written last."""
-    with on_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = temporary_folder(folder)
+    parts = temporary_folder(folder)
     try:
         for name, content in files.items():
             with on_error(folder / name), open(parts / name, "wb") as file:

@@ -44,8 +44,8 @@ def test_an_error_is_one_line_that_says_what_to_do(error, line):
 
 @pytest.mark.parametrize("error, line", [
     (FileNotFoundError(errno.ENOENT, "No such file"), "a.pt is missing: ask the teacher"),
-    (PermissionError(errno.EACCES, "Permission denied"), "a.pt: damaged (Permission denied): check its permissions, "
-     "close it if it is open in another Python or notebook, or choose another folder"),
+    (PermissionError(errno.EACCES, "Permission denied"), "a.pt: cannot be read (Permission denied): check its "
+     "permissions, close it if it is open in another Python or notebook, or choose another folder"),
     (KeyError("x\n  y"), "a.pt: damaged (KeyError: 'x\\n y'): ask the teacher"),
     (ValueError("x" * 200), f"a.pt: damaged (ValueError: {'x' * 108}): ask the teacher")],
     ids=["missing", "a problem of the system", "damaged", "a long message"])

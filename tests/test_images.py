@@ -40,7 +40,7 @@ def test_a_photo_that_is_not_usable_is_named_before_any_work(tmp_path, script, n
         content.save(tmp_path / name, **{"exif": b"Exif\0\0nonsense"} if name == "exif.png" else {})
     text = message(script, "--data-dir", tmp_path / "none", "--image", PHOTO, tmp_path / name)
     assert text.startswith(f"error: {tmp_path / name}: cannot be read as an image (")
-    assert text.endswith("): replace it (with a JPEG, for example) or remove it")
+    assert text.endswith("): replace it with a JPEG, or move it to another folder")
 
 
 @pytest.mark.parametrize("text, problem", [
@@ -104,8 +104,8 @@ def test_images_that_cannot_be_read_are_listed_before_hours_are_spent(dataset, o
     with pytest.raises(UserError) as found:
         run_here("01_data.py", *options)
     assert str(found.value) == (
-        f"{dataset}: 22 of 32 images cannot be read (only the first 20 are listed): replace or delete them, then run "
-        "python 01_data.py again (omit --from-kaggle)")
+        f"{dataset}: 22 of 32 images cannot be read (only the first 20 are listed): replace them or move "
+        "them to another folder, then run python 01_data.py again (omit --from-kaggle)")
     out, err = capsys.readouterr()
     assert [line.partition(PROBLEM)[0] for line in err.splitlines()] == [str(path) for path in bad[:20]]
     assert "  test1                    22 images\n    1 other files are not used: they do not end with .jpg " in out
