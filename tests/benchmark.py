@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets, models, utils
 
 import common
-import support
+from support.features import FeatureFile
 
 ROUNDS = 3
 N_FEATURES = 1024
@@ -154,7 +154,7 @@ def speed_rows(folder, weights):
     inputs, classes = (part.to(DEVICE) for part in next(iter(DataLoader(loader.dataset, N_IMAGES))))
 
     def precompute(x):
-        file = support.FeatureFile(folder / f"{time.time()}.npy", (N_IMAGES, 512, 7, 7), {}, batch_size)
+        file = FeatureFile(folder / f"{time.time()}.npy", (N_IMAGES, 512, 7, 7), {}, batch_size)
         for batch in in_order:
             features, _ = script[x]["preconvfeat"]([batch])
             file.append(features)
