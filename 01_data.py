@@ -85,14 +85,14 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
             print(f"  {os.path.relpath(folder, data_dir):<20} {n_images:6,} images")
         if 0 < n_images < len(files):
             print(f"    {len(files) - n_images:,} other files are not used: they do not end with", *IMG_EXTENSIONS)
-    check_images(data_dir, remember=not args.sample)  # else a damaged image could stop the training hours later
+    check_images(data_dir, remember=not args.sample)  # a damaged image could stop the training hours later
 
 # %% Data processing
     banner("Data processing", "0:25:50", args.pause)
     # VGG16 expects images like those it was trained on: at least 224 x 224 pixels, values scaled to [0, 1], then
     # normalized: for each color, minus ImageNet's mean, divided by its standard deviation.
     # Before you read on: why ImageNet's mean, and not the mean of our own photos?
-    normalize = transforms.Normalize(mean=MEAN, std=STD)
+    normalize = transforms.Normalize(mean=MEAN, std=STD)  # ImageNet's, a number for each color (printed below)
     # Compose applies its transforms in order. Random flips, crops or color changes would need a second Compose, for the
     # training images only: this one also serves the validation images.
     # The other scripts import the same imagenet_format from common.py: if you change it here, change it there too.
@@ -103,10 +103,11 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     ])
     # To see it again at the prompt (start with python -i 01_data.py --sample), type imagenet_format.
     print(imagenet_format)
-    print("The mean is ImageNet's, because VGG16 learned there: a color must have the same value now as it had then.")
+    print("ImageNet's mean, because VGG16 was trained with it: a color must have the same value now as it had then.")
 
     # ImageFolder pairs each file with a label. At the prompt, help(datasets.ImageFolder) shows its documentation.
-    # data_dir / x is the lecture's os.path.join(data_dir, x); load_image opens a file and names it if it is damaged.
+    # data_dir (set above, for the download) / x is the lecture's os.path.join(data_dir, x). load_image opens a file, or
+    # names it if it is damaged.
     dsets = {x: datasets.ImageFolder(data_dir / x, imagenet_format, loader=load_image) for x in ["train", "valid"]}
     if args.limit:
         limit_images(dsets, args.limit)
@@ -122,7 +123,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # shuffle=True: in a new random order in each epoch; otherwise a batch would be all cats, as the files are sorted.
     # 5 images fit in one figure; batches of 64 make better use of the processor, and still fit in memory.
     torch.manual_seed(args.seed)  # the same "random" order in every run
-    workers = args.num_workers or 0  # the lecture uses 6; more than the number of processor cores does not help
+    workers = args.num_workers or 0  # 0 by default; the lecture uses 6. More than the number of cores does not help
     loader_train = torch.utils.data.DataLoader(dsets["train"], batch_size=64, shuffle=True, num_workers=workers)
     loader_valid = torch.utils.data.DataLoader(dsets["valid"], batch_size=5, shuffle=False, num_workers=workers)
 
@@ -137,8 +138,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     print("\nWhat is an image for your computer? The central 4 x 4 pixels of inputs_try[0]:")
     print(inputs_try[0, :, 110:114, 110:114])
 
-    # Make a grid of the first batch of the validation data. imshow, which undoes normalize, is in common.py: search for
-    # def imshow.
+    # Make a grid of the first validation batch. imshow, in common.py (search for def imshow), also undoes normalize.
     out = torchvision.utils.make_grid(inputs_try)
     plt.figure(figsize=(10, 2.4), layout="constrained")
     imshow(out, title=[dset_classes[x] for x in labels_try])

@@ -69,14 +69,6 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # Before you read on: ImageNet has no class "cat". What will VGG16 answer for one?
     print("predicted class:", [dic_imagenet[i] for i in preds_try])
 
-    print("\nBeyond the lecture: the five most likely classes of each image")
-    vals, preds = probs.topk(5)  # (5, 5)
-    for i, label in enumerate(labels_try):
-        print(f"  {dset_classes[label]}:", end="")
-        for k in range(5):
-            print(f"  {dic_imagenet[preds[i, k]]} {vals[i, k]:.3f}", end="")
-        print()
-
     titles = [f"true: {ANIMALS[labels_try[i]]}\n{dic_imagenet[preds_try[i]]}\n{vals_try[i]:.3f}"
               for i in range(len(labels_try))]
     plt.figure(figsize=(14, 3.75), layout="constrained")
@@ -88,8 +80,17 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     save(args.output_dir, {"probs_try.npy": probs.cpu().numpy()})
 
 # %% Beyond the lecture
+    banner("Beyond the lecture")
+    print("the five most likely classes of each image")
+    vals, preds = probs.topk(5)  # (5, 5)
+    for i, label in enumerate(labels_try):
+        print(f"  {dset_classes[label]}:", end="")
+        for k in range(5):
+            print(f"  {dic_imagenet[preds[i, k]]} {vals[i, k]:.3f}", end="")
+        print()
+
     if args.zero_shot:
-        banner("Beyond the lecture: cats or dogs, without further training (zero-shot)")
+        print("\nzero-shot: total probability of the 5 cat classes against the 118 dog classes, without further training")
         if CLASSES != ["cats", "dogs"]:
             raise UserError("--zero-shot compares cats with dogs: omit it, as CLASSES in common.py are different")
         cats, dogs = slice(281, 286), slice(151, 269)  # ImageNet's tabby to Egyptian cat, Chihuahua to Mexican hairless

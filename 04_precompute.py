@@ -123,7 +123,6 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
 
     # As in the lecture, the training starts from the last layer that 03 trained, if 03 used the same images and frozen
     # layers.
-    record = make_record(dsets, model_vgg, model_vgg.classifier[6])
     record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # what a result depends on
     path_03 = args.output_dir / "03_metrics.json"
     metrics_03 = load(path_03, "run python 03_finetune_head.py again") if path_03.exists() else None
@@ -152,6 +151,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     history = train_model(trained, loaderfeat_train, size=dset_sizes["train"], epochs=args.epochs,
                           optimizer=optimizer_vgg, criterion=criterion, after_epoch=after_epoch)
 
+    save_results(args, "04", model_vgg, {}, history)  # save now, in case a test_model of your own stops
     # The lecture's call. It repeats the test after the last epoch.
     predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"])
     record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # again: your edits may have changed other layers
