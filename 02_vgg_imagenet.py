@@ -90,7 +90,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         print()
 
     if args.zero_shot:
-        print("\nzero-shot: total probability of the 5 cat classes against the 118 dog classes, without further training")
+        print("\nzero-shot: total probability of the 5 cat classes against the 118 dog classes")
         if CLASSES != ["cats", "dogs"]:
             raise UserError("--zero-shot compares cats with dogs: omit it, as CLASSES in common.py are different")
         cats, dogs = slice(281, 286), slice(151, 269)  # ImageNet's tabby to Egyptian cat, Chihuahua to Mexican hairless

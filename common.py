@@ -36,7 +36,7 @@ IMAGENET_FILE = Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth")  
 IMAGENET_SIZE = 553_433_881  # bytes
 
 
-# In the video: 0:25:50
+# In the video: from 0:25:50
 def imshow(image, title=None):
     """Show a normalized image, a (3, H, W) tensor, on the current axes. If it is a grid of images (from make_grid), the
     title may be a list of names, each to be written above its image."""
@@ -60,8 +60,9 @@ def load_vgg16(weights):
     """Return torchvision's VGG16. weights: "imagenet", "untrained" (random, always the same) or a .pth file. Raises
     UserError if the file is missing, damaged, or belongs to a different network."""
     torch.manual_seed(0)
-    with torch.device("cpu" if weights == "untrained" else "meta"):  # meta: skip the random numbers, which the file
-        model = models.vgg16()                                       # would replace anyway
+    # On the device "meta", no random numbers are drawn: the file would replace them anyway.
+    with torch.device("cpu" if weights == "untrained" else "meta"):
+        model = models.vgg16()
     if weights == "imagenet":
         return load_state(model, IMAGENET_FILE, "delete it if it exists, and run this script again")
     if weights != "untrained":
@@ -91,7 +92,7 @@ def freeze_and_replace_head(model):
 
 
 # --------------------------------------------------------------------------------------------------- train and test
-# In the video: 0:49:50
+# In the video: from 0:49:50
 def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.NLLLoss(), after_epoch=None):
     """Train on `size` images, in batches (inputs, classes). Only the optimizer's parameters change. For each epoch,
     print and return the mean loss per image and the accuracy, both measured during training, and the time in seconds.
@@ -100,7 +101,9 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
     non_blocking = device.type == "cuda"  # copy in the background (on MPS, data could be used before it arrives)
     history = []
     for epoch in range(1, epochs + 1):  # an epoch: every image is used once
-        model.train()  # switches dropout on: a random half of a dense layer's outputs become 0, against overfitting
+        # Switch dropout on: a random half of a dense layer's outputs become 0, to reduce overfitting. The lecture does
+        # this once, before the loop; here, after_epoch may have switched it off.
+        model.train()
         start = time.perf_counter()
         running_loss = 0.0
         running_corrects = 0
@@ -114,9 +117,9 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
             loss.backward()  # compute new ones: how the loss changes with each trainable parameter
             optimizer.step()  # change each parameter a little, so that the loss gets smaller
             preds = outputs.argmax(dim=1)  # the predicted class: the one with the highest probability
-            # Statistics. `loss` is already a mean over the batch: multiply by the batch size here, and divide by the
-            # dataset size below. The lecture forgets to multiply: its losses are about 64 times smaller in 03, which
-            # has batches of 64, 5 times in the test, and 128 times in 04.
+            # Statistics. `loss` is a mean over the batch: multiply it by the batch size here, and divide by the number
+            # of images below. The lecture forgets to multiply: its losses are about 64 times smaller in 03's training,
+            # which has batches of 64 images, 5 times smaller in 03's test, and 128 times smaller in 04.
             # Both sums stay on the device: .item() here would make the CPU wait for the GPU in every batch.
             running_loss += loss.detach() * len(classes)
             running_corrects += (preds == classes).sum()
@@ -132,21 +135,7 @@ def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.
     return history
 
 
-TINY = np.finfo(np.float64).tiny  # the smallest probability used: 0 would make the loss infinite
-
-
-def to_log_proba(outputs):
-    """Return log-probabilities (B, C), float64 on the CPU: the outputs of a network that ends with LogSoftmax or, if it
-    does not, as for CrossEntropyLoss, the logarithm of their softmax. Raises UserError if some are NaN (no number)."""
-    outputs = outputs.cpu().double()
-    if outputs.isnan().any():
-        raise UserError("the network's outputs are NaN (not a number): use a smaller --lr, or different weights")
-    if not torch.allclose(outputs.exp().sum(dim=1), torch.ones(len(outputs), dtype=torch.float64), atol=0.01):
-        outputs = outputs.log_softmax(dim=1)
-    return outputs.clamp(min=np.log(TINY))  # -708.4
-
-
-# In the video: 0:49:50, after train_model
+# In the video: from 0:49:50, after train_model
 @torch.inference_mode()  # no gradients: testing changes nothing
 def test_model(model, dataloader, size, criterion=nn.NLLLoss()):
     """Test on `size` images, print the mean loss and the accuracy, and return, in the order of the dataloader,
@@ -170,6 +159,20 @@ def test_model(model, dataloader, size, criterion=nn.NLLLoss()):
         i += len(classes)
     print(f"test on {size:,} images  loss {running_loss / size:.4f}  accuracy {running_corrects / size:.4f}")
     return predictions, np.concatenate(all_proba), all_classes
+
+
+TINY = np.finfo(np.float64).tiny  # the smallest probability used: 0 would make the loss infinite
+
+
+def to_log_proba(outputs):
+    """Return log-probabilities, (B, C) float64 on the CPU. If the network does not end with LogSoftmax (as for
+    CrossEntropyLoss), apply log_softmax to its outputs. Raises UserError if some outputs are NaN (not a number)."""
+    outputs = outputs.cpu().double()
+    if outputs.isnan().any():
+        raise UserError("the network's outputs are NaN (not a number): use a smaller --lr, or different weights")
+    if not torch.allclose(outputs.exp().sum(dim=1), torch.ones(len(outputs), dtype=torch.float64), atol=0.01):
+        outputs = outputs.log_softmax(dim=1)
+    return outputs.clamp(min=np.log(TINY))  # -708.4
 
 
 def log_loss(all_proba, all_classes):
