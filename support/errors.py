@@ -12,6 +12,7 @@ MEMORY_ERRORS = ["out of memory", "llocate memory", "nable to allocate", "not en
 # What an edit can cause, found by a part of Python's or PyTorch's own message, and what to do about it.
 LARGER = "the transform makes images that are too small for the network: use a larger crop, such as CenterCrop(224)"
 TO_TENSOR = "the transform does not make tensors: add transforms.ToTensor(), before Normalize"
+VGG = "this needs a network with features, avgpool and classifier, such as models.vgg13"
 AFTER_AN_EDIT = {
     "stack expects each tensor to be equal size":
         "the transform makes images of different sizes: add a crop to it, such as transforms.CenterCrop(224)",
@@ -23,7 +24,8 @@ AFTER_AN_EDIT = {
     "argument 'criterion'": "your train_model has no criterion and after_epoch: delete both where it is called",
     "name 'device' is not defined": "paste the lecture's functions into the script, whose variables they use",
     "name 'criterion' is not defined": "paste the lecture's functions after the line criterion = ... of the script",
-    "object has no attribute 'features'": "this needs a network with features, avgpool and classifier, such as vgg13",
+    "object has no attribute 'features'": VGG, "object has no attribute 'classifier'": VGG,
+    "should be a float tensor": "the transform makes whole numbers: use transforms.ToTensor(), not PILToTensor",
 }
 
 
@@ -57,7 +59,7 @@ def on_error(path, problem="cannot be written", advice="fix this, or choose anot
         raise
     except Exception as error:  # a damaged file can cause any error
         text = f"{type(error).__name__}: {error}"
-        if isinstance(error, OSError) and error.errno:  # the system is the problem, not the content
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the system, not the content
             if error.errno == errno.ENOENT and problem != "cannot be written":
                 raise UserError(f"{path} is missing: {advice}") from error
             text = error.strerror

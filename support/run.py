@@ -17,6 +17,7 @@ from support.errors import UserError
 from support.files import HERE, absolute_path, save
 
 FILES_ONLY = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}  # backends of matplotlib without windows
+warnings.filterwarnings("ignore", "Got pickle error")  # torch's, of a lambda in worker processes: see support/errors.py
 warnings.filterwarnings("ignore", "Glyph .* missing")  # harmless: a file name in a title has unusual characters
 
 
