@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import json_of, message, raise_
+from conftest import json_of, message, raise_, run_here
 from torch import nn
 
 import common
@@ -61,7 +61,7 @@ def test_a_loss_that_is_no_number_ends_the_training():
     """Too large a learning rate: the remaining hours would be lost."""
     model = small_model()
     assert message(common.train_model, model, BATCHES, 37, 9, sgd(model, lr=1e38)) == (
-        "error: the training loss is inf: use a smaller --lr")
+        "error: the training loss is inf: use a smaller --lr, or LogSoftmax if it is negative")
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
@@ -159,3 +159,12 @@ def test_metrics_during_the_training_are_marked_as_incomplete(tmp_path, capsys, 
 def test_the_lectures_own_train_model_may_return_nothing(tmp_path):
     """A student pastes it from the notebook."""
     assert save_results(tmp_path, None) == {**SAME, "complete": False}
+
+
+def test_a_test_model_that_returns_logarithms_loses_no_training(options, out, figures, monkeypatch):
+    """The lecture's does, and 04's training, without our train_model, is not saved after each epoch."""
+    monkeypatch.setattr(common, "test_model", lambda model, loader, size: (
+        np.zeros(size), np.full((size, 2), np.log(0.5)), np.zeros(size)))
+    edits = {", after_epoch=after_epoch": ""}
+    line = message(lambda: run_here("04_precompute.py", *options, "--epochs", 1, edits=edits))
+    assert "put outputs.exp() in all_proba" in line and (out / "04_head.pt").exists()
