@@ -171,7 +171,7 @@ def test_photos_stand_beside_their_own_answers(lesson, name, heading):
 
 
 # -------------------------------------------------------------------------------------------- 02's and 05's analysis
-def test_02_shows_the_worst_mistakes_of_zero_shot(tmp_path, figures, monkeypatch, vgg, capsys):
+def test_02_shows_the_worst_mistakes_of_zero_shot(tmp_path, figures, monkeypatch, vgg, capsys, watched):
     """The worst mistake is not where the wrong sum is largest, but where it exceeds the right one by most: cat.1."""
     dataset = make_dataset(tmp_path / "data", train=1, valid=(5, 4))
     sums = np.array([[.6, .1], [.05, .45], [.44, .52], [.5, .2], [.7, .2],  # five cats: sums of cats and of dogs
@@ -183,7 +183,9 @@ def test_02_shows_the_worst_mistakes_of_zero_shot(tmp_path, figures, monkeypatch
     batches = iter([outputs[:5], outputs[:5], outputs[5:], outputs[:1]])  # inputs_try, all images, the record
     vgg.forward = lambda inputs: next(batches)
     monkeypatch.setattr(common, "load_vgg16", lambda weights: vgg)
+    calls = watched("support.progress")
     run_here("02_vgg_imagenet.py", "--data-dir", dataset, "--output-dir", tmp_path, "--zero-shot")
+    assert calls == [(2, 9, "images")]
     outside = 1 - sums.sum(axis=1).mean()
     saved = json_of(tmp_path / "02_zero_shot.json")
     assert saved["valid_accuracy"] == 6 / 9 and saved["confusion"] == [[3, 2], [1, 3]]

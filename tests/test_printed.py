@@ -6,9 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torchvision
-from conftest import (PHOTO, SAMPLE, SECOND_PHOTO, TRAIN, VALID, analyse, fake_results, make_dataset, outputs_of,
-                      run_here)
+from conftest import (PHOTO, SAMPLE, SECOND_PHOTO, TRAIN, VALID, analyse, fake_results, make_dataset, run_here)
 from PIL import Image
 from torch import nn
 
@@ -196,11 +194,3 @@ def test_a_photo_of_a_phone_is_seen_upright(vgg, tmp_path, figures, capsys, name
     assert answers[0] == answers[1]
     left, *_ = figures[f"{name[:2]}_images.png"].axes
     assert np.array_equal(left.get_images()[0].get_array(), upright)
-
-
-def test_02_sees_what_plain_torchvision_sees(lesson):
-    """The printed outputs are those of the original network in evaluation mode."""
-    outputs = outputs_of(common.load_vgg16("imagenet").eval(), SAMPLE / "valid")[:5]
-    assert torch.allclose(lesson.names[VGG]["outputs_try"], outputs, atol=1e-4)
-    grid = torchvision.utils.make_grid(torch.stack([see(path) for path in VALID[:5]]))
-    assert torch.allclose(lesson.names[VGG]["out"], grid)
