@@ -89,9 +89,11 @@ def check_place(data_dir, kaggle):
     if near and near != data_dir and not kaggle:
         raise UserError(f"--data-dir: {data_dir} does not contain train and valid: use --data-dir {near}")
     if not near and (os.path.ismount(data_dir) or (data_dir.exists() and any(data_dir.iterdir()))):
-        has_photos = any((place / "Cat").is_dir() for place in [data_dir, data_dir / "PetImages"])  # Microsoft's
-        raise UserError(f"--data-dir: {data_dir} is not empty or cannot be replaced: use a new folder in it, such as "
-                        f"--data-dir {data_dir / 'dogscats'}" + f" --from-kaggle {data_dir}" * has_photos)
+        sources = [place for place in [data_dir, data_dir.parent]
+                   if any(os.path.exists(place / x) for x in ["train/cat.0.jpg", "PetImages/Cat", "Cat"])]
+        raise UserError(f"--data-dir: {data_dir} is not empty or cannot be replaced: use a new folder, such as "
+                        f"--data-dir {[*sources, data_dir][0] / 'dogscats'}"
+                        + "".join(f" --from-kaggle {place}" for place in sources[:1]))
     return near == data_dir
 
 

@@ -46,7 +46,7 @@ def dataset_near(data_dir):
     """Return data_dir if it contains train and valid, else a folder one level away that does, else None."""
     inside = [place for place in data_dir.glob("*/") if place.name != "sample"]
     for place in [data_dir, data_dir.parent, data_dir.parent.parent, *inside]:
-        if (place / "train").is_dir() and (place / "valid").is_dir():
+        if os.path.isdir(place / "train") and os.path.isdir(place / "valid"):  # False if lost+found is unreadable
             return place
 
 
@@ -55,7 +55,8 @@ def check_folders(data_dir, classes):
     would mistake for a class or an image. Do not open the images."""
     near = dataset_near(data_dir)
     if near is None:
-        raise UserError(f"{data_dir}: train or valid is missing: run python 01_data.py first, or use --sample")
+        raise UserError(f"{data_dir}: train or valid is missing: run python 01_data.py first, with the same "
+                        "--data-dir, or use --sample")
     if near != data_dir:
         raise UserError(f"--data-dir: {data_dir} does not contain train and valid: use --data-dir {near}")
     for folder in [data_dir / "train", data_dir / "valid"]:
@@ -67,9 +68,9 @@ def check_folders(data_dir, classes):
                             "alphabetical order)")
         for name in classes:
             if counts[name] == 0:
-                endings = sorted({os.path.splitext(file)[1] or "none" for file in files[name]})
-                raise UserError(f"{folder / name}: contains {len(files[name])} files (with the endings {endings}) but "
-                                f"no images (with {', '.join(IMG_EXTENSIONS)}): add some, or convert the files to JPEG")
+                endings = sorted({os.path.splitext(file)[1] or "none" for file in files[name]})[:5]
+                raise UserError(f"{folder / name}: none of the {len(files[name])} files is an image (endings found: "
+                                f"{endings}; used: {', '.join(IMG_EXTENSIONS)}): add images, or convert them to JPEG")
         for path in folder.glob("*/*"):
             if not path.is_file():  # ImageFolder enters folders, and would open a broken link during the training
                 raise UserError(f"{path}: a folder or a broken link among the images: move it to another place")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import adaptive_avg_pool2d
 
-from support.errors import UserError
+from support.errors import UserError, on_error
 
 NAMES = {"train": "training", "valid": "validation"}
 
@@ -41,9 +41,11 @@ def transformed(dset):
     same of it in each run, and the run's own random numbers do not change."""
     blocks = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     states = random.getstate(), np.random.get_state()
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        path = os.path.join(folder, "fixed.png")
+    with on_error("the folder for temporary files (environment variable TMPDIR)"):
+        folder = tempfile.TemporaryDirectory()
+        path = os.path.join(folder.name, "fixed.png")
         Image.fromarray(blocks).resize((640, 480), Image.Resampling.NEAREST).save(path)
+    with folder, torch.random.fork_rng(devices=[]):
         random.seed(0)
         np.random.seed(0)
         torch.default_generator.manual_seed(0)  # torch.manual_seed would also change the random numbers of a GPU

@@ -11,10 +11,13 @@ try:
 except ValueError:  # the environment variable MPLBACKEND has a value that matplotlib does not know
     print(f"NOTICE: MPLBACKEND={os.environ['MPLBACKEND']} is unknown: the figures are only saved")
     os.environ["MPLBACKEND"] = "agg"
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:  # half imported
+        del sys.modules[name]
     import matplotlib.pyplot as plt
 
 from support.errors import UserError
 from support.files import HERE, absolute_path, save
+from support.images import dataset_near
 
 FILES_ONLY = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}  # backends of matplotlib without windows
 warnings.filterwarnings("ignore", "Got pickle error")  # torch's, of a lambda in worker processes: see support/errors.py
@@ -24,7 +27,7 @@ warnings.filterwarnings("ignore", "Glyph .* missing")  # harmless: a file name i
 def start_run(parser):
     """Parse the command line and prepare the run: choose the folders, set up the figures, and try what the run will
     need. Return argparse's namespace. Raises UserError."""
-    program, *options = map(str, sys.argv)
+    program, *options = map(str, sys.argv or [""])
     # A notebook or an editor has a command line of its own (ipykernel_launcher.py -f x.json, or an empty name). A link
     # to a script may have any name, and "-" means that Python reads the script from its standard input.
     names = [Path(program).name, Path(program).resolve().name]
@@ -39,8 +42,9 @@ def start_run(parser):
     if args.output_dir is None:
         size = "sample" if args.sample else f"limit-{args.limit}" if args.limit else "full"
         args.output_dir = absolute_path(HERE / "outputs" / size)
-    if args.data_dir in args.output_dir.parents:
-        raise UserError(f"--output-dir: {args.output_dir} is inside the dataset: choose a folder outside it")
+    for folder in [args.data_dir, HERE / "sample"]:
+        if folder in args.output_dir.parents and dataset_near(folder) == folder:
+            raise UserError(f"--output-dir: {args.output_dir} is inside the dataset: choose a folder outside it")
     if args.sample:
         sample = args.data_dir / "sample"
         args.data_dir = sample if all((sample / x).is_dir() for x in ["train", "valid"]) else HERE / "sample"

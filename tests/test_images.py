@@ -61,7 +61,7 @@ def test_what_is_no_photo_is_named(tmp_path, monkeypatch, text, problem):
     (lambda train: shutil.copytree(train / "cats", train / "birds"), "", "'birds': 3"),
     (lambda train: (train / "cats").rename(train / "x"), "", "move what is different, or change CLASSES in common.py"),
     (lambda train: [path.rename(path.with_suffix(".txt")) for path in train.glob("dogs/*")], "dogs",
-     "contains 3 files (with the endings ['.txt']) but no images (with .jpg, "),
+     "none of the 3 files is an image (endings found: ['.txt']; used: .jpg, "),
     (lambda train: (train / "cats" / "@eaDir").mkdir(), "cats/@eaDir", "a folder or a broken link among the images"),
     (lambda train: (train / "cats" / "x.jpg").symlink_to("no"), "cats/x.jpg", "a folder or a broken link among the")],
     ids=["a hidden folder", "a third class", "a class renamed", "no images", "a folder in a class", "a broken link"])
@@ -80,7 +80,8 @@ def test_a_dataset_with_unexpected_folders_is_refused(dataset, part, change, pla
 def test_a_missing_dataset_sends_the_student_to_the_first_script(tmp_path):
     """Who starts in the middle."""
     assert message(check_folders, tmp_path / "none", ["cats", "dogs"]) == (
-        f"error: {tmp_path / 'none'}: train or valid is missing: run python 01_data.py first, or use --sample")
+        f"error: {tmp_path / 'none'}: train or valid is missing: run python 01_data.py first, with the same "
+        "--data-dir, or use --sample")
 
 
 @pytest.mark.parametrize("given", ["train", "train/cats", ".."])

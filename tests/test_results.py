@@ -205,7 +205,7 @@ def test_each_epoch_is_saved(options, out, figures, monkeypatch, name):
 def test_folders_are_checked_before_any_work(tmp_path, monkeypatch, name):
     """Not after hours of it. A student who starts in the middle is sent to the beginning."""
     options = ["--data-dir", tmp_path / "none", "--output-dir", tmp_path / "out"]
-    assert message(name, *options).endswith("train or valid is missing: run python 01_data.py first, or use --sample")
+    assert message(name, *options).endswith("--data-dir, or use --sample")
     monkeypatch.setattr("tempfile.mkdtemp", lambda *args, **options: raise_(PermissionError(13, "Permission denied")))
     assert message(name, *options).startswith(
         f"error: {tmp_path / 'out'}: cannot be written (Permission denied): check its permissions")

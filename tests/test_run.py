@@ -96,6 +96,8 @@ def test_a_link_that_leads_nowhere_is_named(start, tmp_path):
 
 def test_results_inside_the_dataset_are_refused(start, tmp_path):
     """The next run would see them as images."""
+    for part in ["train", "valid"]:
+        (tmp_path / "dogs" / part).mkdir(parents=True)
     assert message(start, "--data-dir", "dogs", "--output-dir", "dogs/out") == (
         f"error: --output-dir: {tmp_path / 'dogs' / 'out'} is inside the dataset: choose a folder outside it")
 
