@@ -78,18 +78,19 @@ def test_what_is_no_address_is_named(path):
 
 
 @pytest.mark.parametrize("mode, kept", [("closes halfway", SIZE // 2), ("login page", BEGUN)])
-def test_no_byte_is_downloaded_twice(server, path, part, capsys, mode, kept):
-    """On a slow line, 839 MB take a night. The second run asks only for the rest."""
+def test_no_byte_is_downloaded_twice(server, path, part, capsys, watched, mode, kept):
+    """On a slow line, 839 MB take a night. The second run asks only for the rest, and its progress is that of the rest.
+    """
     if mode == "login page":
         part.write_bytes(CONTENT[:BEGUN])
     server.mode = mode
     message(get, path, server.url)
     assert part.read_bytes() == CONTENT[:kept]
-    server.mode, server.ranges = "whole", []
+    server.mode, server.ranges, calls = "whole", [], watched("support.download")
     capsys.readouterr()
     get(path, server.url)
     assert_complete(path)
-    assert server.ranges == [f"bytes={kept}-"]
+    assert server.ranges == [f"bytes={kept}-"] and calls == [(2, 1.5, "MB")]  # two pieces of up to one MiB
     assert capsys.readouterr().out.endswith(f"x.tgz, resuming after the first {kept:,}\n")
 
 
