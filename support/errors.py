@@ -98,8 +98,9 @@ def one_line(error):
 def report(kind, error, traceback):
     """End a script: one line and status 1 for a problem that the user can fix, 130 after Ctrl-C, a traceback for a
     bug."""
-    if multiprocessing.parent_process():
-        return  # this is a worker process: the main process notices, and reports the reason
+    starting = sys.modules["__main__"].__name__ == "__mp_main__"  # a worker process that is not yet ready, on macOS
+    if multiprocessing.parent_process() or starting:
+        return  # in a worker process: the main process notices, and reports the reason
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EINVAL):
         try:
             sys.stdout.flush()

@@ -72,9 +72,9 @@ def test_a_random_transform_is_the_same_in_each_run(dataset, monkeypatch, number
     """Whichever module its random numbers come from. Those of the training do not change, nor do those of a GPU."""
     seeds = [torch.default_generator.manual_seed, random.seed, np.random.seed]
     monkeypatch.setattr(torch, "manual_seed", lambda seed: raise_(AssertionError))  # it seeds all devices
-    before = record_with(dataset, lambda image: image.rotate(30 * number()))
     [seed(5) for seed in seeds]
     expected = number()
+    before = record_with(dataset, lambda image: image.rotate(30 * number()))
     [seed(5) for seed in seeds]
     assert differences(before, record_with(dataset, lambda image: image.rotate(30 * number()))) == ""
     assert number() == expected

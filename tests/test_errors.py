@@ -113,3 +113,20 @@ def test_another_courses_module_named_common_is_noticed(monkeypatch, tmp_path):
                     "this first")
     other.__file__ = str(ROOT / "common.py")
     runpy.run_path(str(ROOT / "support" / "__init__.py"))
+
+
+def test_a_worker_that_is_starting_leaves_the_report_to_the_main_process(monkeypatch, capsys):
+    """On macOS and Windows it may not find a function, and its traceback would stand above the one line."""
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__mp_main__"))
+    report(ValueError, ValueError("x"), None)
+    assert capsys.readouterr().err == ""
+
+
+def test_half_a_weights_file_is_called_damaged():
+    """PyTorch looks for the end of the file before its beginning: the system calls that an invalid argument."""
+    def read():
+        with on_error("a.pth", "damaged or unsafe", "give a different file to --weights"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    assert message(read) == (
+        "error: a.pth: damaged or unsafe (OSError: [Errno 22] Invalid argument): give a different file to --weights")
