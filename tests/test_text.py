@@ -65,7 +65,7 @@ def test_times_are_those_of_the_video():
         starts |= {*times}
     linked = re.findall(r"\[(\d:\d\d:\d\d)\]\(" + link, TEXTS["README.md"])
     assert linked and all(time in starts and seconds_of(time) == seconds for time, seconds in linked)
-    in_common = re.findall(r"^# In the video: (\d:\d\d:\d\d).*\n(?:@.*\n)?def (\w+)", TEXTS["common.py"], re.M)
+    in_common = re.findall(r"^# In the video: from (\d:\d\d:\d\d).*\n(?:@.*\n)?def (\w+)", TEXTS["common.py"], re.M)
     assert in_common == [("0:25:50", "imshow"), ("0:49:50", "train_model"), ("0:49:50", "test_model")]
 
 
