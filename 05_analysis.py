@@ -189,8 +189,8 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     if args.submission:
         paths = numbered_images(args.data_dir / "test1")
         if not paths:
-            raise UserError(f"{args.data_dir / 'test1'}: contains no numbered images: run python 01_data.py first, and "
-                            "omit --sample")
+            raise UserError(f"{args.data_dir / 'test1'}: contains no numbered images: omit --sample, and use Kaggle's "
+                            "or the lecture's files")
         print(f"Kaggle submission for {len(paths):,} images of test1 (Kaggle expects 12,500)")
         dset_test = copy.copy(dsets["valid"])  # the same loader and transform; the labels, here 0, are unknown
         dset_test.samples = [(str(path), 0) for path in paths]

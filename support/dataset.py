@@ -45,7 +45,7 @@ def unpack(archive, folder):
             for member in progress(tar, n_files, n_files, "files"):
                 path = PureWindowsPath(member.name)  # understands both "/" and "\"
                 if not (member.isfile() or member.isdir()) or path.anchor or ".." in path.parts or ":" in member.name:
-                    raise UserError(f"{archive}: {member.name!r} is not a file of the dataset: delete the archive")
+                    raise UserError(f"{archive}: {member.name!r} is not a file of the dataset: move the archive away")
                 member.name = "/".join(path.parts[1:])  # without the leading dogscats/
                 tar.extract(member, folder)
                 place = "/".join(path.parts[1:-1])
@@ -56,7 +56,7 @@ def unpack(archive, folder):
         if found != COUNTS:
             raise EOFError(f"it contains {found}")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{archive}: incomplete or damaged ({error}): delete it and run this script again") from error
+        raise UserError(f"{archive}: incomplete or damaged ({error}): move it away and run this again") from error
 
 
 def from_kaggle(source, folder):

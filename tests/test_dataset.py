@@ -136,10 +136,10 @@ def test_what_killed_runs_unpacked_is_removed_after_an_hour(tmp_path, name, hour
 
 
 @pytest.mark.parametrize("archive, says", [
-    (b"my thesis" + ARCHIVE[9:], "incomplete or damaged (wrong size or checksum): delete it and run this script again"),
-    (ARCHIVE + b"?", "incomplete or damaged (wrong size or checksum): delete it and run this script again"),
-    (ARCHIVE[:2_000_000] + bytes(900_000) + ARCHIVE[2_900_000:], "): delete it and run this script again"),
-    (ARCHIVE[:-8] + bytes(4) + ARCHIVE[-4:], "): delete it and run this script again")],
+    (b"my thesis" + ARCHIVE[9:], "incomplete or damaged (wrong size or checksum): move it away and run this again"),
+    (ARCHIVE + b"?", "incomplete or damaged (wrong size or checksum): move it away and run this again"),
+    (ARCHIVE[:2_000_000] + bytes(900_000) + ARCHIVE[2_900_000:], "): move it away and run this again"),
+    (ARCHIVE[:-8] + bytes(4) + ARCHIVE[-4:], "): move it away and run this again")],
     ids=["a different file", "a byte more", "damaged in the middle", "gzip's own checksum is wrong"])
 def test_a_damaged_archive_leaves_no_half_dataset(server, tmp_path, archive, says):
     """Half a dataset would train without an error."""
@@ -176,7 +176,7 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch, name,
     archive = make_archive(name, kind)
     monkeypatch.setattr(data, "SIZE", len(archive))
     (tmp_path / "dogscats.tgz").write_bytes(archive)
-    assert fails(tmp_path).endswith(f"dogscats.tgz: {name!r} is not a file of the dataset: delete the archive")
+    assert fails(tmp_path).endswith(f"dogscats.tgz: {name!r} is not a file of the dataset: move the archive away")
     assert os.listdir(tmp_path) == ["dogscats.tgz"] and not (tmp_path.parent / "x").exists()
 
 

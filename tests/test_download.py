@@ -1,12 +1,17 @@
 """The downloader, with a local web server that misbehaves. It gets a file of 3 MB."""
+import errno
 import hashlib
+import http.server
 import os
 import random
+import threading
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from conftest import full_disk, message, posix
+from conftest import full_disk, message, posix, raise_
 
 import support.download
 from support.download import digest_matches, download, open_url
@@ -179,3 +184,45 @@ def test_a_hash_may_be_that_of_the_first_bytes_or_given_by_its_first_digits(path
     first = hashlib.md5(b"first").hexdigest()
     assert digest_matches(path, "md5", first, 5) and digest_matches(path, "md5", first[:6], 5)
     assert not digest_matches(path, "md5", first) and not digest_matches(path, "md5", first[1:], 5)
+
+
+class Proxy(http.server.BaseHTTPRequestHandler):
+    """A school's proxy: no Content-Length, and no answer for Python's own name."""
+    log_message = mock.Mock()
+
+    def do_GET(self):
+        refused = "Python" in self.headers["User-Agent"]
+        self.send_response(403 if refused else 200)
+        self.end_headers()
+        self.wfile.write(b"" if refused else b"1234567890")
+
+
+def test_a_download_works_through_a_schools_proxy(tmp_path):
+    """It would end with "does this internet connection require a login?" or "Forbidden", for ever."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/x"
+        download([url], tmp_path / "x", 10, ["md5", "e807f1fcf82d132f9bb018ca6738a19f"])
+    assert (tmp_path / "x").read_bytes() == b"1234567890"
+
+
+@pytest.mark.parametrize("address", ["http://me:SECRET@127.0.0.1:9/x", "http://me:S@ECRET@127.0.0.1:9/x",
+                                     "me:SECRET@127.0.0.1:9/x", "http://127.0.0.1:9/x?key=SECRET"])
+def test_a_secret_in_an_address_is_not_printed(tmp_path, address):
+    """Students copy error messages to forums."""
+    assert "ECRET" not in message(download, [address], tmp_path / "x", 10, ["md5", ""])
+
+
+def test_a_folder_that_cannot_be_written_is_no_failed_download(tmp_path, monkeypatch):
+    """"Run this script again to resume" would send the student in a circle."""
+    monkeypatch.setattr(Path, "touch", lambda path: raise_(OSError(errno.EACCES, "Permission denied")))
+    assert message(download, ["http://127.0.0.1:9/x"], tmp_path / "x", 10, ["md5", ""]).startswith(
+        f"error: {tmp_path}: cannot be written (Permission denied): check its permissions, ")
+
+
+@pytest.mark.parametrize("answer", [lambda: SimpleNamespace(free=0), lambda: raise_(OSError(errno.ENOSYS, "missing"))],
+                         ids=["zero", "not implemented"])
+def test_a_disk_that_does_not_tell_its_free_space_is_used(tmp_path, monkeypatch, answer):
+    """Some network drives report 0 bytes, or an error."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: answer())
+    assert "cannot be downloaded" in message(download, ["http://127.0.0.1:9/x"], tmp_path / "x", 10, ["md5", ""])

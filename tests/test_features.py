@@ -183,3 +183,11 @@ def test_a_single_batch_has_no_speed(path):
     """It includes the start of the workers, and would mislead."""
     finish(path, ROWS[:BATCH])
     assert json_of(path.with_suffix(".json")) == {**RECORD, "images_per_second": None}
+
+
+def test_a_part_file_of_an_edit_that_was_undone_is_removed(path):
+    """Up to 2.3 GB would stay for ever."""
+    finish(path)
+    kill(begin(path, record=OTHER, stop=BATCH))
+    finish(path)
+    assert sorted(os.listdir(path.parent)) == ["conv_feat_train.json", "conv_feat_train.npy"]

@@ -312,7 +312,8 @@ def test_a_submission_needs_the_unlabeled_images(dataset, tmp_path, vgg, figures
     """The sample has none."""
     fake_results(tmp_path, dataset, [0.1, 0.9, 0.1, 0.9], model=vgg)
     assert message(analyse, dataset, tmp_path, "--submission") == (
-        f"error: {dataset / 'test1'}: contains no numbered images: run python 01_data.py first, and omit --sample")
+        f"error: {dataset / 'test1'}: contains no numbered images: omit --sample, and use Kaggle's or the "
+        "lecture's files")
 
 
 # ------------------------------------------------------------------------------------------------------- at the prompt
