@@ -246,9 +246,13 @@ def test_figures_are_saved_with_an_unknown_backend(tmp_path):
 def test_a_backend_without_windows_cannot_show(monkeypatch, capsys):
     """pgf needs LaTeX: the run would end with a traceback at its first figure."""
     monkeypatch.setattr(plt, "get_backend", lambda backends=iter(["pgf"]): next(backends, "agg"))
+    chosen = []
+    monkeypatch.setattr(plt, "switch_backend", chosen.append)
     args = Namespace(show=True)
-    set_up_figures(args)
-    assert not args.show and capsys.readouterr().out.startswith("--show: figures cannot be opened in windows here")
+    with plt.rc_context():
+        set_up_figures(args)
+    assert chosen == ["agg"] and not args.show
+    assert capsys.readouterr().out.startswith("--show: figures cannot be opened in windows here")
 
 
 def test_bf16_does_not_need_a_private_function(monkeypatch, capsys):
