@@ -124,23 +124,25 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     # As in the lecture, the training starts from the last layer that 03 trained, if 03 used the same images and frozen
     # layers.
     record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # what a result depends on
-    path_03 = args.output_dir / "03_metrics.json"
+    head_03, path_03 = args.output_dir / "03_head.pt", args.output_dir / "03_metrics.json"
+    if not path_03.exists():  # of a run of 03 that was stopped
+        head_03, path_03 = args.output_dir / "03_unfinished_head.pt", args.output_dir / "03_unfinished_metrics.json"
     metrics_03 = load(path_03, "run python 03_finetune_head.py again") if path_03.exists() else None
     if metrics_03 is None:
         print("the last layer starts from random weights: no results of 03_finetune_head.py were found")
     elif changed := differences(metrics_03.get("made_from", {}), record):
-        print(f"the last layer starts from random weights: 03_head.pt was trained with {changed}")
+        print(f"the last layer starts from random weights: {head_03.name} was trained with {changed}")
         metrics_03 = None
     else:
-        print("the last layer starts from 03_head.pt, trained on the same images with the same frozen layers")
-        load_state(model_vgg.classifier[6], args.output_dir / "03_head.pt", "run python 03_finetune_head.py again")
+        print(f"the last layer starts from {head_03.name}, trained on the same images with the same frozen layers")
+        load_state(model_vgg.classifier[6], head_03, "run python 03_finetune_head.py again")
         model_vgg.to(device)  # load_state leaves the new parameters on the CPU
 
     def after_epoch(history):  # test, to see when overfitting begins, and save what is done
         predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"])
         history[-1]["valid_loss"] = log_loss(all_proba, all_classes)
         history[-1]["valid_accuracy"] = np.mean(predictions == all_classes)
-        save_results(args, "04", model_vgg, {}, history)  # without a record: the run is not complete
+        save_results(args, "04", model_vgg, {}, history)  # without a record: it is used by no other script
 
     # Train for 50 epochs (03: 2), as an epoch on features takes a fraction of the time (printed below). As in 03, the
     # optimizer receives only the last layer's parameters, and train_model is in common.py.

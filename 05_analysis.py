@@ -25,10 +25,9 @@ from torchvision import datasets, models, transforms
 from common import (ANIMALS, CLASSES, IMAGENET, freeze_and_replace_head, get_device, get_weights, imshow, load_data,
                     load_results, load_state, load_vgg16, log_loss, save_figure, show_photos, show_predictions,
                     to_device, to_log_proba)
-from support.dataset import numbered_images
 from support.errors import UserError
 from support.files import load, save
-from support.images import load_image, photo
+from support.images import load_image, numbered_images, photo
 from support.options import number, option_parser
 from support.progress import progress
 from support.records import differences, make_record
@@ -48,7 +47,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     if len(CLASSES) != 2:
         raise UserError(f"05_analysis.py compares two classes, but CLASSES in common.py has {len(CLASSES)}: look at "
                         "the figures of 03 and 04 instead")
-    step = args.step or ("04" if (args.output_dir / "04_metrics.json").exists() else "03")
+    step = args.step or ("04" if list(args.output_dir.glob("04_*metrics.json")) else "03")
     metrics, predictions, all_proba, all_classes = load_results(args, step, dsets)
     args.weights = args.weights or metrics["weights"]
     args.bf16 = args.bf16 or metrics["made_from"]["precision"] == "bfloat16"

@@ -183,38 +183,49 @@ def log_loss(all_proba, all_classes):
 
 def save_results(args, step, model, record, history, results=()):
     """Save the last layer, how it was trained and, after the test, the results of test_model. Return the metrics.
-    During the training, when there are no results, this is quick, and the metrics are marked as incomplete."""
-    history = history or []  # None: from a train_model that returns nothing, such as the lecture's
+    Before the test, when there are no results, the files have names of their own, such as 03_unfinished_head.pt: a run
+    that is stopped keeps its finished epochs, and does not overwrite the results of an earlier run."""
     metrics = {"options": vars(args), "weights": args.weights, "pretrained": args.weights != "untrained",
-               "dataset": args.data_dir, "made_from": record, "complete": len(results) > 0}
-    if history:
+               "dataset": args.data_dir, "made_from": record}
+    if history:  # not if it is None, from a train_model that returns nothing, such as the lecture's
         metrics["seconds_per_epoch"] = np.mean([epoch["seconds"] for epoch in history])
         names = {"loss": "train_loss", "accuracy": "train_accuracy", "valid_loss": "valid_loss_per_epoch",
                  "valid_accuracy": "valid_accuracy_per_epoch"}
         metrics |= {names[key]: [epoch[key] for epoch in history] for key in names if key in history[0]}
-    files = {f"{step}_head.pt": {name: value.cpu() for name, value in model.classifier[6].state_dict().items()}}
-    if results:
-        predictions, all_proba, all_classes = results[0].astype(np.int64), results[1], results[2].astype(np.int64)
-        if not np.allclose(all_proba.sum(axis=1), 1, atol=0.01):  # as from the lecture's own test_model
-            raise UserError("test_model must return probabilities: put outputs.exp() in all_proba, not outputs")
-        metrics["valid_loss"] = log_loss(all_proba, all_classes)
-        metrics["valid_accuracy"] = np.mean(predictions == all_classes)
-        files |= {f"{step}_predictions.npy": predictions, f"{step}_all_proba.npy": all_proba,
-                  f"{step}_all_classes.npy": all_classes}
-    during = not results
-    save(args.output_dir, {**files, f"{step}_metrics.json": metrics}, quiet=during, fsync=not during)
+    head = {name: value.cpu() for name, value in model.classifier[6].state_dict().items()}
+    unfinished = {f"{step}_unfinished_head.pt": head, f"{step}_unfinished_metrics.json": metrics}
+    if not results:
+        save(args.output_dir, unfinished, quiet=True, fsync=False)
+        return metrics
+    predictions, all_proba, all_classes = results[0].astype(np.int64), results[1], results[2].astype(np.int64)
+    if not np.allclose(all_proba.sum(axis=1), 1, atol=0.01):  # as from the lecture's own test_model
+        raise UserError("test_model must return probabilities: put outputs.exp() in all_proba, not outputs")
+    if all_proba.shape[1] != len(CLASSES):
+        raise UserError(f"the network has {all_proba.shape[1]} outputs, but CLASSES in common.py has {len(CLASSES)} "
+                        "names: give nn.Linear(4096, 2) as many outputs as there are names")
+    metrics["valid_loss"] = log_loss(all_proba, all_classes)
+    metrics["valid_accuracy"] = np.mean(predictions == all_classes)
+    save(args.output_dir, {f"{step}_head.pt": head, f"{step}_predictions.npy": predictions,
+                           f"{step}_all_proba.npy": all_proba, f"{step}_all_classes.npy": all_classes,
+                           f"{step}_metrics.json": metrics})
+    for name in unfinished:
+        (args.output_dir / name).unlink(missing_ok=True)
     return metrics
 
 
 def load_results(args, step, dsets):
     """Return metrics, predictions (M,), all_proba (M, C) and all_classes (M,) of script 03 or 04. Raises UserError if
-    they are missing, incomplete, or were made from different images or with a different transform."""
+    they are missing, unfinished, or were made from different images or with a different transform."""
     again = f"run python {'03_finetune_head.py' if step == '03' else '04_precompute.py'} with the same options"
     path = args.output_dir / f"{step}_metrics.json"
+    unfinished = args.output_dir / f"{step}_unfinished_metrics.json"
+    if unfinished.exists():
+        n_epochs = len(load(unfinished, again).get("train_loss", []))
+        stopped = f"script {step} was stopped after {n_epochs} epochs, before its test"
+        if not path.exists():
+            raise UserError(f"{unfinished}: {stopped}: {again}")
+        print(f"NOTICE: {stopped}. These are the results of an earlier run.")
     metrics = load(path, again)
-    if not metrics.get("complete"):
-        n_epochs = len(metrics.get("train_loss", []))
-        raise UserError(f"{path}: incomplete: the script was stopped after {n_epochs} epochs, before its test: {again}")
     now = make_record({"valid": dsets["valid"]})  # the predictions can be shown without the training images
     if changed := differences(metrics.get("made_from", {}), now):
         raise UserError(f"{args.output_dir / f'{step}_predictions.npy'}: made with {changed}: {again}")

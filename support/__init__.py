@@ -1,8 +1,7 @@
-"""What keeps a run safe, and no part of the lecture: to follow the lecture, read the scripts and common.py.
+"""Code that is not part of the lecture. To follow the lecture, read the scripts and common.py.
 
-A room for each subject, from the bottom up: errors, progress, files, images, options, run, download, records,
-features, dataset.
-Each imports only rooms that stand before it."""
+A module for each subject: errors, progress, files, images, options, run, download, records, features, dataset. Each
+imports only modules that stand before it in this list."""
 import sys
 from pathlib import Path
 

@@ -1,18 +1,17 @@
-"""Getting the dataset: the archive that the lecture uses, or the files of Kaggle or Microsoft."""
+"""Get the dataset: the archive that the lecture uses, or the files of Kaggle or Microsoft."""
 import errno
 import gzip
 import os
 import shutil
 import tarfile
 import zlib
+from collections import Counter
 from pathlib import PureWindowsPath
-
-from torchvision.datasets.folder import is_image_file
 
 from support.download import digest_matches, download
 from support.errors import UserError
 from support.files import MIB, replace, temporary_folder
-from support.images import dataset_near
+from support.images import dataset_near, numbered_images
 from support.progress import progress
 
 URLS = ["https://s3.amazonaws.com/fast-ai-sample/dogscats.tgz",
@@ -24,21 +23,12 @@ COUNTS = {"train/cats": 11_500, "train/dogs": 11_500, "valid/cats": 1_000, "vali
           "sample/train/cats": 8, "sample/train/dogs": 8, "sample/valid/cats": 4, "sample/valid/dogs": 4}
 
 
-def numbered_images(folder, prefix=""):
-    """Return the images in a folder whose names are the prefix and a number, such as cat.9.jpg, in numeric order. If
-    there are none, look in a folder of the same name inside it, as in test1/test1."""
-    images = [path for path in folder.glob(f"{prefix}*") if is_image_file(path.name)]
-    numbers = {path: path.stem.removeprefix(prefix) for path in images}
-    found = sorted((path for path in images if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
-    return found or (numbered_images(folder / folder.name, prefix) if (folder / folder.name).is_dir() else [])
-
-
 def unpack(archive, folder):
     """Check the archive and unpack it to the folder. Raises UserError if it is damaged or has links or unsafe names."""
     try:
         if archive.stat().st_size != SIZE or not digest_matches(archive, *HASH):
             raise EOFError("wrong size or checksum")
-        found = dict.fromkeys(COUNTS, 0)
+        found = Counter()
         with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python's built-in safety filter, if any
             n_files = sum(COUNTS.values())
@@ -48,13 +38,12 @@ def unpack(archive, folder):
                     raise UserError(f"{archive}: {member.name!r} is not a file of the dataset: move the archive away")
                 member.name = "/".join(path.parts[1:])  # without the leading dogscats/
                 tar.extract(member, folder)
-                place = "/".join(path.parts[1:-1])
-                if member.isfile() and place in found:
-                    found[place] += 1
+                found["/".join(path.parts[1:-1])] += member.isfile()  # not counted on the disk: see companion, below
             while stream.read(MIB):  # to the end, where gzip verifies its checksum
                 pass
-        if found != COUNTS:
-            raise EOFError(f"it contains {found}")
+        counts = {name: found[name] for name in COUNTS}
+        if counts != COUNTS:
+            raise EOFError(f"it contains {counts}")
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{archive}: incomplete or damaged ({error}): move it away and run this again") from error
 
@@ -84,8 +73,8 @@ def check_place(data_dir, kaggle):
     """Return whether data_dir contains a dataset. Raises UserError if one cannot be made there."""
     near = dataset_near(data_dir)
     if near == data_dir and kaggle:
-        raise UserError(f"--from-kaggle: {data_dir} contains a dataset: omit --from-kaggle to use it, or add "
-                        f"--data-dir {data_dir}-2 to build a new one")
+        raise UserError(f"--from-kaggle: {data_dir} contains a dataset: omit --from-kaggle, or add --data-dir "
+                        f"{data_dir}-2")
     if near and near != data_dir and not kaggle:
         raise UserError(f"--data-dir: {data_dir} does not contain train and valid: use --data-dir {near}")
     if not near and (os.path.ismount(data_dir) or (data_dir.exists() and any(data_dir.iterdir()))):

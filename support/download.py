@@ -1,4 +1,4 @@
-"""A download that resumes, and is checked."""
+"""Download a file, resume an interrupted download, and check the result."""
 import base64
 import contextlib
 import hashlib

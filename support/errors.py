@@ -8,8 +8,7 @@ import sys
 
 MEMORY_ERRORS = ["out of memory", "llocate memory", "nable to allocate", "not enough memory", "Invalid buffer size"]
 
-
-# What an edit can cause, found by a part of Python's or PyTorch's own message, and what to do about it.
+# Errors that an edit can cause: a part of Python's or PyTorch's message, and what to do about it.
 LARGER = "the transform makes images that are too small for the network: use a larger crop, such as CenterCrop(224)"
 TO_TENSOR = "the transform does not make tensors: add transforms.ToTensor(), before Normalize"
 VGG = "this needs a network with features, avgpool and classifier, such as models.vgg13"
@@ -18,10 +17,8 @@ AFTER_AN_EDIT = {
         "the transform makes images of different sizes: add a crop to it, such as transforms.CenterCrop(224)",
     "PIL.Image.Image": TO_TENSOR, "'Image' object has no attribute 'cpu'": TO_TENSOR,
     "Output size is too small": LARGER, "Kernel size can't be greater": LARGER,
-    "is out of bounds": "more classes than outputs: the 2 of nn.Linear(4096, 2) must be the number of CLASSES",
-    "device-side assert": "the GPU stopped without a reason: add --device cpu to see it",
-    "shapes cannot be multiplied": "the first number of a layer must be the number of outputs before it",
-    "argument 'criterion'": "your train_model has no criterion and after_epoch: delete both where it is called",
+    "is out of bounds.": "more classes than outputs: the 2 of nn.Linear(4096, 2) must be the number of CLASSES",
+    "argument 'criterion'": "your train_model does not take criterion and after_epoch: remove both from its call",
     "name 'device' is not defined": "paste the lecture's functions into the script, whose variables they use",
     "name 'criterion' is not defined": "paste the lecture's functions after the line criterion = ... of the script",
     "object has no attribute 'features'": VGG, "object has no attribute 'classifier'": VGG,

@@ -25,7 +25,7 @@ class FeatureFile:
         if complete and (changed := differences(load(self.json, "delete it and run this script again"), record)):
             print(f"{path.name} was computed with {changed}: recomputing")
             complete = False
-        # Rows are appended to a .part file. A .json file beside it has its record, so that rows of two kinds never mix.
+        # Rows are appended to a .part file. A .json file beside it contains its record: rows of two kinds never mix.
         for json in path.parent.glob(f"{path.stem}.*.json"):
             part = json.with_suffix(".part")
             changed = differences(load(json, "delete it and run this script again"), record)

@@ -1,4 +1,4 @@
-"""Files that are complete or not there at all, and that cannot run code when they are loaded."""
+"""Write files completely or not at all, and load them without running code that they may contain."""
 import contextlib
 import errno
 import io
@@ -79,7 +79,7 @@ def save(folder, files, quiet=False, fsync=True):
             with on_error(folder / name), open(parts / name, "wb") as file:
                 file.write(encode(name, content))
                 file.flush()
-                if fsync:  # wait until the disk has it
+                if fsync:  # wait until it is on the disk
                     os.fsync(file.fileno())
         last = folder / list(files)[-1]
         with on_error(last):

@@ -1,4 +1,4 @@
-"""Opening and checking images."""
+"""Open and check images."""
 import contextlib
 import hashlib
 import os
@@ -42,6 +42,15 @@ def photo(text):
     return text
 
 
+def numbered_images(folder, prefix=""):
+    """Return the images in a folder whose names are the prefix and a number, such as cat.9.jpg, in numeric order. If
+    there are none, look in a folder of the same name inside it, as in test1/test1."""
+    images = [path for path in folder.glob(f"{prefix}*") if is_image_file(path.name)]
+    numbers = {path: path.stem.removeprefix(prefix) for path in images}
+    found = sorted((path for path in images if numbers[path].isdecimal()), key=lambda path: int(numbers[path]))
+    return found or (numbered_images(folder / folder.name, prefix) if (folder / folder.name).is_dir() else [])
+
+
 def dataset_near(data_dir):
     """Return data_dir if it contains train and valid, else a folder one level away that does, else None."""
     inside = [place for place in data_dir.glob("*/") if place.name != "sample"]
@@ -64,7 +73,7 @@ def check_folders(data_dir, classes):
         counts = {name: sum(map(is_image_file, files[name])) for name in files}
         if sorted(files) != classes:
             raise UserError(f"{folder}: must contain images in the folders {classes}, and no other folders, but "
-                            f"contains {counts}: move what is different, or change CLASSES in common.py (in "
+                            f"contains {counts}: move the others to another place, or change CLASSES in common.py (in "
                             "alphabetical order)")
         for name in classes:
             if counts[name] == 0:

@@ -42,14 +42,14 @@ def option_parser(doc, network=True):
     add("--seed", type=number(0, 2**63 - 1), default=0, metavar="N",
         help="random seed; does not affect --weights untrained (default: 0)")
     add("--num-workers", type=number(0, 256), metavar="N",
-        help="processes that load images (default: 0 on a CPU or with --sample, else one per core, at most 16)")
+        help="processes that load images (default: 0 on a CPU, with --sample and in 01, else one per core, at most 16)")
     add("--show", action="store_true", help="also open each figure in a window; close the window to continue")
     add("--pause", action="store_true", help="wait for Enter at each heading that has a time in the video")
     if network:
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
             help="cuda: NVIDIA GPU, mps: GPU of a Mac, auto: a GPU if there is one (default: auto)")
         add("--weights", type=weights_option, default="imagenet", metavar="imagenet|untrained|FILE",
-            help="ImageNet's (528 MiB, downloaded once), random, or from a .pth file (default: imagenet; in 05, those "
+            help="ImageNet's (553 MB, downloaded once), random, or from a .pth file (default: imagenet; in 05, those "
             "of the results)")
         add("--bf16", action="store_true", help="run the frozen layers in bfloat16 (16 bits, less precise): faster on "
             "GPUs that support it and on CPUs with AVX-512 BF16 or AMX, slower on others")

@@ -1,4 +1,4 @@
-"""How much of a long task is done."""
+"""Show the progress of a long task."""
 import sys
 import time
 from datetime import timedelta

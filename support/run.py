@@ -1,4 +1,4 @@
-"""How a script starts, and its headings."""
+"""Start a script, and print its headings."""
 import multiprocessing.connection
 import os
 import sys
@@ -17,7 +17,6 @@ except ValueError:  # the environment variable MPLBACKEND has a value that matpl
 
 from support.errors import UserError
 from support.files import HERE, absolute_path, save
-from support.images import dataset_near
 
 FILES_ONLY = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}  # backends of matplotlib without windows
 warnings.filterwarnings("ignore", "Got pickle error")  # torch's, of a lambda in worker processes: see support/errors.py
@@ -26,7 +25,7 @@ warnings.filterwarnings("ignore", "Glyph .* missing")  # harmless: a file name i
 
 def start_run(parser):
     """Parse the command line and prepare the run: choose the folders, set up the figures, and try what the run will
-    need. Return argparse's namespace. Raises UserError."""
+    need later. Return argparse's namespace. Raises UserError."""
     program, *options = map(str, sys.argv or [""])
     # A notebook or an editor has a command line of its own (ipykernel_launcher.py -f x.json, or an empty name). A link
     # to a script may have any name, and "-" means that Python reads the script from its standard input.
@@ -43,7 +42,7 @@ def start_run(parser):
         size = "sample" if args.sample else f"limit-{args.limit}" if args.limit else "full"
         args.output_dir = absolute_path(HERE / "outputs" / size)
     for folder in [args.data_dir, HERE / "sample"]:
-        if folder in args.output_dir.parents and dataset_near(folder) == folder:
+        if folder in args.output_dir.parents and (folder / "train").is_dir():
             raise UserError(f"--output-dir: {args.output_dir} is inside the dataset: choose a folder outside it")
     if args.sample:
         sample = args.data_dir / "sample"

@@ -193,7 +193,7 @@ def test_a_dataset_that_cannot_be_moved_is_kept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("inside, kaggle, mounted, says", [
     (["thesis"], None, False, "is not empty or cannot be replaced: use a new folder, such as --data-dir "),
     ([], None, True, "is not empty or cannot be replaced: use a new folder, such as --data-dir "),
-    (["train", "valid"], SAMPLE, False, "contains a dataset: omit --from-kaggle to use it, or add --data-dir "),
+    (["train", "valid"], SAMPLE, False, "contains a dataset: omit --from-kaggle, or add --data-dir "),
     (["x", "x/train", "x/valid"], None, False, "does not contain train and valid: use --data-dir "),
     (["Cat"], None, False, " --from-kaggle ")])
 def test_what_cannot_work_is_refused_before_the_download(server, tmp_path, inside, kaggle, mounted, says):
