@@ -221,7 +221,7 @@ def load_results(args, step, dsets):
     unfinished = args.output_dir / f"{step}_unfinished_metrics.json"
     if unfinished.exists():
         n_epochs = len(load(unfinished, again).get("train_loss", []))
-        stopped = f"script {step} was stopped after {n_epochs} epochs, before its test"
+        stopped = f"script {step} was stopped before its test (finished epochs: {n_epochs})"
         if not path.exists():
             raise UserError(f"{unfinished}: {stopped}: {again}")
         print(f"NOTICE: {stopped}. These are the results of an earlier run.")

@@ -169,7 +169,7 @@ def fake_results(folder, dataset, proba_dog, step="04", model=None, **metrics):
     save(folder, {
         f"{step}_head.pt": head.state_dict(), f"{step}_predictions.npy": proba.argmax(axis=1),
         f"{step}_all_proba.npy": proba, f"{step}_all_classes.npy": classes,
-        f"{step}_metrics.json": {"made_from": record, "pretrained": True, "weights": "imagenet", "complete": True,
+        f"{step}_metrics.json": {"made_from": record, "pretrained": True, "weights": "imagenet",
                                  "train_accuracy": [0.5, 0.75], "valid_loss": 0.5, "valid_accuracy": 0.625, **metrics}})
     return record
 

@@ -183,7 +183,7 @@ TRAIN_MODEL = """
     (LOADED, "    dsets['train'].transform = transforms.CenterCrop(224)\n" + LOADED, "add transforms.ToTensor()"),
     ("lr = args.lr", "lr = 1e38", "use a smaller --lr"),
     ("nn.LogSoftmax", "nn.Softmax", "or LogSoftmax if it is negative"),
-    (CALL, TRAIN_MODEL + CALL, "criterion and after_epoch: delete both")],
+    (CALL, TRAIN_MODEL + CALL, "criterion and after_epoch: remove both")],
     ids=["no crop", "no ToTensor", "infinite loss", "negative loss", "the lecture's train_model with our call"])
 def test_a_training_that_cannot_work_ends_in_one_line(out, figures, old, new, advice):
     """In the first epochs: more would waste hours."""

@@ -69,12 +69,23 @@ def test_05_takes_the_results_of_04_if_there_are_any(dataset, options, out, figu
         assert f"\nsummary of script {step}\n" in capsys.readouterr().out
 
 
-def test_05_refuses_results_of_a_training_that_was_stopped(dataset, options, out):
-    """The head is there, the predictions are older."""
-    fake_results(out, dataset, PROBA_DOG, complete=False, train_loss=[0.7, 0.6, 0.5])
+def test_05_refuses_a_training_that_was_stopped(dataset, options, out):
+    """There is a last layer, but there are no predictions."""
+    fake_results(out, dataset, PROBA_DOG, step="03")
+    save(out, {"04_unfinished_metrics.json": {"train_loss": [0.7, 0.6, 0.5]}})
     assert message("05_analysis.py", *options) == (
-        f"error: {out / '04_metrics.json'}: incomplete: the script was stopped after 3 epochs, before its test: run "
-        "python 04_precompute.py with the same options")
+        f"error: {out / '04_unfinished_metrics.json'}: script 04 was stopped before its test (finished epochs: 3): "
+        "run python 04_precompute.py with the same options")
+
+
+def test_05_says_that_its_results_are_older_than_a_training_that_was_stopped(dataset, out, figures, capsys):
+    """A student tries --epochs 5000 and presses Ctrl-C: the results of the hour before are still there."""
+    fake_results(out, dataset, PROBA_DOG)
+    save(out, {"04_unfinished_metrics.json": {"train_loss": [0.7]}})
+    analyse(dataset, out)
+    printed = capsys.readouterr().out
+    assert ("NOTICE: script 04 was stopped before its test (finished epochs: 1). These are the results of an earlier run.\n"
+            in printed and "\nsummary of script 04\n" in printed)
 
 
 @pytest.mark.parametrize("step", ["03", "04"])
@@ -177,15 +188,16 @@ def test_an_image_is_deleted_during_the_training(dataset, options, out, figures,
     train_model, image, record = common.train_model, dataset / "valid" / "dogs" / "dog.1.jpg", record_of(dataset)
     monkeypatch.setattr(common, "train_model", lambda *args, **options: image.unlink() or train_model(*args, **options))
     assert message("03_finetune_head.py", *options, "--epochs", 1) == f"error: {image} is missing: check the name"
-    assert (out / "03_head.pt").exists()
-    metrics = json_of(out / "03_metrics.json")
+    assert (out / "03_unfinished_head.pt").exists()
+    metrics = json_of(out / "03_unfinished_metrics.json")
     assert len(metrics["train_loss"]) == 1 and metrics["made_from"]["validation images"] == record["validation images"]
 
 
 @pytest.mark.parametrize("name", ["03_finetune_head.py", "04_precompute.py"])
 def test_each_epoch_is_saved(options, out, figures, monkeypatch, name):
-    """Ctrl-C in the third of 50 epochs on all images: two are not lost."""
-    train_model = common.train_model
+    """Ctrl-C in the third of 50 epochs on all images: two are not lost, nor are the results of an earlier run."""
+    run_here(name, *options, "--epochs", 1)
+    before, train_model = {path.name: path.read_bytes() for path in out.glob(f"{name[:2]}_*")}, common.train_model
 
     def killed_later(*args, epochs, after_epoch, **more):
         def and_kill(history):
@@ -197,8 +209,9 @@ def test_each_epoch_is_saved(options, out, figures, monkeypatch, name):
     monkeypatch.setattr(common, "train_model", killed_later)
     with pytest.raises(Killed):
         run_here(name, *options, "--epochs", 50)
-    metrics = json_of(out / f"{name[:2]}_metrics.json")
-    assert (metrics["complete"], len(metrics["train_loss"])) == (False, 2) and (out / f"{name[:2]}_head.pt").exists()
+    assert len(json_of(out / f"{name[:2]}_unfinished_metrics.json")["train_loss"]) == 2
+    assert (out / f"{name[:2]}_unfinished_head.pt").exists()
+    assert all((out / file).read_bytes() == content for file, content in before.items())
 
 
 @pytest.mark.parametrize("name", SCRIPTS[1:])

@@ -121,13 +121,13 @@ RESULTS = np.array([0, 0, 1]), np.array([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]]), n
 WEIGHT = torch.rand(2, 4096)
 
 
-def save_results(folder, history, *results):
+def save_results(folder, name, history, *results):
     """The metrics, after save_results with a last layer that is on a GPU."""
     layer = SimpleNamespace(state_dict=lambda: {"weight": on_gpu(WEIGHT)})
     args = Namespace(output_dir=folder, data_dir=folder / "data", weights="imagenet")
     metrics = common.save_results(args, "04", Namespace(classifier=[*"012345", layer]), {"x": "y"}, history, *results)
-    assert torch.equal(torch.load(folder / "04_head.pt", weights_only=True)["weight"], WEIGHT)
-    read = json_of(folder / "04_metrics.json")
+    assert torch.equal(torch.load(folder / f"{name}_head.pt", weights_only=True)["weight"], WEIGHT)
+    read = json_of(folder / f"{name}_metrics.json")
     assert read == {**metrics, "options": {name: str(value) for name, value in vars(args).items()},
                     "dataset": str(folder / "data")}
     return {name: value for name, value in read.items() if name not in ("options", "dataset")}
@@ -139,26 +139,28 @@ SAME = {"weights": "imagenet", "pretrained": True, "made_from": {"x": "y"}}
 def test_metrics_and_predictions_are_saved_after_the_test(tmp_path, capsys):
     """The files from which 05 and a student's own code start."""
     loss = -np.log([0.9, 0.2, 0.6]).mean()
-    assert save_results(tmp_path, HISTORY, RESULTS) == {
-        **SAME, **OF_HISTORY, "complete": True, "valid_loss": pytest.approx(loss), "valid_accuracy": 2 / 3}
+    assert save_results(tmp_path, "04", HISTORY, RESULTS) == {
+        **SAME, **OF_HISTORY, "valid_loss": pytest.approx(loss), "valid_accuracy": 2 / 3}
     for name, array in zip(["predictions", "all_proba", "all_classes"], RESULTS, strict=True):
         assert np.array_equal(np.load(tmp_path / f"04_{name}.npy"), array)
     assert capsys.readouterr().out.count("saved") == 1
 
 
-def test_metrics_during_the_training_are_marked_as_incomplete(tmp_path, capsys, monkeypatch):
+def test_metrics_during_the_training_are_marked_as_unfinished(tmp_path, capsys, monkeypatch):
     """A run is stopped after two epochs: the head is there. Saving takes no time and no line."""
     monkeypatch.setattr("os.fsync", lambda file: raise_(AssertionError))
     history = [{**epoch, "valid_loss": 0.5, "valid_accuracy": 0.8} for epoch in HISTORY]
-    assert save_results(tmp_path, history) == {
-        **SAME, **OF_HISTORY, "complete": False, "valid_loss_per_epoch": [0.5, 0.5],
-        "valid_accuracy_per_epoch": [0.8, 0.8]}
+    assert save_results(tmp_path, "04_unfinished", history) == {
+        **SAME, **OF_HISTORY, "valid_loss_per_epoch": [0.5, 0.5], "valid_accuracy_per_epoch": [0.8, 0.8]}
     assert capsys.readouterr().out == ""
+    monkeypatch.undo()
+    save_results(tmp_path, "04", history, RESULTS)
+    assert not list(tmp_path.glob("*unfinished*"))
 
 
 def test_the_lectures_own_train_model_may_return_nothing(tmp_path):
     """A student pastes it from the notebook."""
-    assert save_results(tmp_path, None) == {**SAME, "complete": False}
+    assert save_results(tmp_path, "04_unfinished", None) == SAME
 
 
 def test_a_test_model_that_returns_logarithms_loses_no_training(options, out, figures, monkeypatch):
@@ -167,4 +169,4 @@ def test_a_test_model_that_returns_logarithms_loses_no_training(options, out, fi
         np.zeros(size), np.full((size, 2), np.log(0.5)), np.zeros(size)))
     edits = {", after_epoch=after_epoch": ""}
     line = message(lambda: run_here("04_precompute.py", *options, "--epochs", 1, edits=edits))
-    assert "put outputs.exp() in all_proba" in line and (out / "04_head.pt").exists()
+    assert "put outputs.exp() in all_proba" in line and (out / "04_unfinished_head.pt").exists()
