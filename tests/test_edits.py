@@ -85,7 +85,7 @@ def test_an_interrupted_run_resumes_with_a_class_of_ones_own(tmp_path, out, figu
     options = ["--data-dir", make_dataset(tmp_path / "data", train=5), "--output-dir", out, *ONE_EPOCH]
     monkeypatch.setattr(common, "imagenet_format", transforms.Compose([Brighter(1.5), *STEPS]))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(FeatureFile, "finish", lambda file: raise_(Killed))
+        patch.setattr(FeatureFile, "finish", lambda file: file.file.close() or raise_(Killed))
         run_here(PRECOMPUTE, *options)
     monkeypatch.setattr(common, "imagenet_format", transforms.Compose([Brighter(1.5), *STEPS]))
     run_here(PRECOMPUTE, *options)
