@@ -154,7 +154,6 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
                           optimizer=optimizer_vgg, criterion=criterion, after_epoch=after_epoch)
 
     save_results(args, "04", model_vgg, {}, history)  # save now, in case a test_model of your own stops
-    save_results(args, "04", model_vgg, {}, history)  # in case the test stops
     # The lecture's call. It repeats the test after the last epoch.
     predictions, all_proba, all_classes = test_model(trained, loaderfeat_valid, size=dset_sizes["valid"])
     record = make_record(dsets, model_vgg, model_vgg.classifier[6])  # again: your edits may have changed other layers
