@@ -31,7 +31,7 @@ from support.images import check_folders, check_images, load_image
 from support.options import option_parser
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
-    parser = option_parser(__doc__, network=False)
+    parser = option_parser("01_data.py", __doc__, network=False)
     parser.add_argument("--from-kaggle", type=absolute_path, metavar="DIR",
                         help="build the dataset from Kaggle's or Microsoft's unzipped files in DIR")
     args = start_run(parser)

@@ -28,7 +28,7 @@ from support.progress import progress
 from support.records import make_record
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
-    parser = option_parser(__doc__)
+    parser = option_parser("02_vgg_imagenet.py", __doc__)
     parser.add_argument("--zero-shot", action="store_true",
                         help="also use the original VGG16 to classify all validation images as cat or dog")
     parser.add_argument("--image", type=photo, nargs="+", action="extend", default=[], metavar="FILE",

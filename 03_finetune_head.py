@@ -26,7 +26,7 @@ from support.options import number, option_parser
 from support.records import make_record
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
-    parser = option_parser(__doc__)
+    parser = option_parser("03_finetune_head.py", __doc__)
     parser.add_argument("--epochs", type=number(1, 10**6), default=2, metavar="N", help="epochs (default: 2)")
     parser.add_argument("--lr", type=number(0, 1_000, float), default=0.001, help="learning rate (default: 0.001)")
     parser.add_argument("--batch-size", type=number(1, 10**6), default=64, metavar="N",

@@ -34,7 +34,7 @@ from support.progress import progress
 from support.records import differences, make_record
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
-    parser = option_parser(__doc__)
+    parser = option_parser("04_precompute.py", __doc__)
     parser.add_argument("--epochs", type=number(1, 10**6), default=50, metavar="N", help="epochs (default: 50)")
     parser.add_argument("--lr", type=number(0, 1_000, float), default=0.001, help="learning rate (default: 0.001)")
     parser.add_argument("--batch-size", type=number(1, 10**6), default=128, metavar="N",

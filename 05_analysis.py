@@ -33,7 +33,7 @@ from support.progress import progress
 from support.records import differences, make_record
 
 if __name__ == "__main__":  # worker processes, which load images, import this file again and must not run the rest
-    parser = option_parser(__doc__)
+    parser = option_parser("05_analysis.py", __doc__)
     parser.add_argument("--step", choices=["03", "04"], help="results to analyze (default: 04 if it has run, else 03)")
     parser.add_argument("--n-view", type=number(1, 100), default=8, metavar="N", help="images per view (default: 8)")
     parser.add_argument("--image", type=photo, nargs="+", action="extend", default=[], metavar="FILE",

@@ -1,6 +1,5 @@
 """The options of the scripts."""
 import argparse
-import re
 
 from support.errors import UserError
 from support.files import HERE, absolute_path
@@ -24,10 +23,9 @@ def weights_option(text):
     return text if text in ("imagenet", "untrained") else str(absolute_path(text))
 
 
-def option_parser(doc, network=True):
+def option_parser(script, doc, network=True):
     """Return a parser with the options of every script; if `network`, also those of the scripts that run VGG16."""
-    parser = argparse.ArgumentParser(prog=re.search(r"python (\S+\.py)", doc)[1], description=doc,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = parser.add_argument_group("common options")
     size = common.add_mutually_exclusive_group().add_argument
     size("--sample", action="store_true",

@@ -334,7 +334,8 @@ def lesson(vgg_file, tmp_path_factory):
             options = ["--sample", "--show", "--output-dir", folder, *more.get(name, [])]
             patch.setattr(sys, "argv", arguments(name, options))
             _, *parts = re.split(r"^# %% (.*)\n", (ROOT / name).read_text(), flags=re.MULTILINE)
-            seen.names[name] = variables = names_at_start(name)
+            variables = names_at_start(name) | {"__doc__": None}  # in a notebook, it is not that of the script
+            seen.names[name] = variables
             seen.headings += parts[2::2]  # but for the first, before the imports
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 for cell in parts[1::2]:

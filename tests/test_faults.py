@@ -200,7 +200,7 @@ def started(monkeypatch, tmp_path):
     def started(*command_line):
         monkeypatch.setattr(sys, "argv", [*command_line])
         monkeypatch.setattr("support.run.set_up_figures", lambda args: None)
-        return start_run(option_parser("python 03_finetune_head.py"))
+        return start_run(option_parser("03_finetune_head.py", ""))
     return started
 
 

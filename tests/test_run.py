@@ -54,7 +54,7 @@ def start(monkeypatch, tmp_path):
     """A function that starts a run as the scripts do, with tmp_path as the folder of the scripts and of the user."""
     def start(*options, program="03_finetune_head.py"):
         monkeypatch.setattr(sys, "argv", [program, *options])
-        return start_run(option_parser("python 03_finetune_head.py"))
+        return start_run(option_parser("03_finetune_head.py", ""))
 
     (tmp_path / "03_finetune_head.py").touch()
     for room in ["run", "options"]:
