@@ -73,7 +73,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
               for i in range(len(labels_try))]
     plt.figure(figsize=(14, 3.75), layout="constrained")
     plt.suptitle(f"True class; VGG16's most likely ImageNet class and its probability{note}")
-    out = torchvision.utils.make_grid(inputs_try.cpu())
+    out = torchvision.utils.make_grid(inputs_try.cpu())  # imshow, below, is in common.py: search for def imshow
     imshow(out, title=titles)
     plt.gca().set_anchor("S")  # at the bottom (south): the titles need the space above
     save_figure(args.output_dir / "02_predictions.png", args.show)

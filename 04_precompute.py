@@ -145,7 +145,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
         save_results(args, "04", model_vgg, {}, history)  # without a record: it is used by no other script
 
     # Train for 50 epochs (03: 2), as an epoch on features takes a fraction of the time (printed below). As in 03, the
-    # optimizer receives only the last layer's parameters, and train_model is in common.py.
+    # optimizer receives only the last layer's parameters. (In common.py, search for def train_model, def test_model.)
     criterion = nn.NLLLoss()
     optimizer_vgg = torch.optim.SGD(model_vgg.classifier[6].parameters(), lr=args.lr)
     history = []  # used if you replace the call below by the lecture's, which has no "history ="
@@ -181,7 +181,7 @@ if __name__ == "__main__":  # worker processes, which load images, import this f
     show_predictions([dsets["valid"][i][0] for i in idx], [dsets["valid"].imgs[i][0] for i in idx], all_classes[idx],
                      all_proba[idx], f"Validation images: true class, prediction and its probability{note}")
     save_figure(args.output_dir / "04_valid_batch.png", args.show)
-    if args.sample and note and args.layer == "conv":
+    if args.sample and note and metrics["valid_loss"] > 0.6:
         print("\nThe untrained network has learned almost nothing in this time. To see it learn:\n"
               "python 04_precompute.py --sample --layer fc7 --epochs 200 --weights untrained --lr 0.1")
     print(f"\nDone{note}. Next, with the same options (--sample, --limit, ...): python 05_analysis.py")

@@ -194,3 +194,16 @@ def test_a_photo_of_a_phone_is_seen_upright(vgg, tmp_path, figures, capsys, name
     assert answers[0] == answers[1]
     left, *_ = figures[f"{name[:2]}_images.png"].axes
     assert np.array_equal(left.get_images()[0].get_array(), upright)
+
+
+HINT = "To see it learn:\npython 04_precompute.py --sample --layer fc7 --epochs 200 --weights untrained --lr 0.1\n"
+
+
+@pytest.mark.parametrize("layer", ["conv", "fc7"])
+@pytest.mark.parametrize("loss, hint", [(0.69, True), (0.3, False)])
+def test_04_says_how_to_see_the_untrained_network_learn(out, figures, monkeypatch, capsys, layer, loss, hint):
+    """Who has no weights sees a loss near 0.69, and may think that the code is wrong."""
+    monkeypatch.setattr(common, "log_loss", lambda all_proba, all_classes: loss)
+    run_here("04_precompute.py", "--sample", "--weights", "untrained", "--output-dir", out, "--epochs", 1, "--layer",
+             layer)
+    assert (HINT in capsys.readouterr().out) == hint
