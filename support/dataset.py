@@ -106,7 +106,7 @@ def get_dataset(data_dir, kaggle):
             companion.unlink(missing_ok=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{data_dir}: the disk is full: free about {UNPACKED:,} bytes, or choose another folder "
                             "with --data-dir") from error
         raise

@@ -89,7 +89,7 @@ def equal(old, new):
         return old == new
     averages, expected = np.array(old["outputs"].split(), float), np.array(new["outputs"].split(), float)
     return old["printed"] == new["printed"] and np.allclose(
-        averages, expected, rtol=0, atol=0.003 * np.abs(expected).max(), equal_nan=True)
+        averages, expected, rtol=0, atol=0.003 * np.nanmax(np.abs(expected)), equal_nan=True)
 
 
 def differences(record, now):
