@@ -17,7 +17,7 @@ from support.errors import UserError, on_error
 from support.files import load, save
 from support.images import check_folders, load_image
 from support.progress import progress
-from support.records import describe, differences, make_record
+from support.records import differences, file_sizes, make_record
 
 CLASSES = sorted(["cats", "dogs"])  # labels 0 and 1: ImageFolder numbers the folders in alphabetical order
 ANIMALS = [name.removesuffix("s") for name in CLASSES]  # the class of a single image: cat, dog
@@ -326,7 +326,7 @@ def load_data(args, batch_size=64):
     if args.limit:
         limit_images(dsets, args.limit)
     for x in dsets:
-        dsets[x].record = describe(dsets[x], x)  # for make_record; computed now, as the files may change during the run
+        dsets[x].sizes = file_sizes(dsets[x])  # for make_record; taken now, as the files may change during the run
     print(f"{len(dsets['train']):,} training images, {len(dsets['valid']):,} validation images; device: {device}")
     workers = args.num_workers
     if workers is None:  # a GPU would wait for images; on a CPU, loading takes only 1 or 2% of the time

@@ -25,15 +25,14 @@ def behavior(thing, outputs):
             "outputs": " ".join(f"{average:.4g}" for average in averages)}
 
 
-def describe(dset, x):
-    """Return the record of the images of an ImageFolder, which is "train" or "valid": the SHA-256 of their names (with
-    "/") and sizes (bytes). Raises UserError if some files are empty."""
-    files = [(Path(path).relative_to(dset.root).as_posix(), os.stat(path).st_size) for path, _ in dset.imgs]
-    empty = [name for name, size in files if size == 0]
+def file_sizes(dset):
+    """Return the size in bytes of each image of an ImageFolder, {path: size}. Raises UserError if some are empty."""
+    sizes = {path: os.stat(path).st_size for path, _ in dset.samples}
+    empty = [Path(path).relative_to(dset.root).as_posix() for path in sizes if sizes[path] == 0]
     if empty:
         more = f" and {len(empty) - 20} more" if len(empty) > 20 else ""
         raise UserError(f"{dset.root}: {len(empty)} empty files, {', '.join(empty[:20])}{more}: replace or remove them")
-    return {f"{NAMES[x]} images": hashlib.sha256(str(files).encode()).hexdigest()}
+    return sizes
 
 
 def transformed(dset):
@@ -57,12 +56,15 @@ def transformed(dset):
 
 @torch.inference_mode()
 def make_record(dsets, network=None, last_layer=None):
-    """Return what a result is made from: the images of the datasets (as they were loaded), their transforms (as they
-    are now: a script may have changed them) and, with a network, what it is and computes, its precision, and the
-    SHA-256 of its parameters. last_layer is left out, because it is trained. Leaves the network in evaluation mode."""
+    """Return what a result is made from: the SHA-256 of the names (with "/") and sizes of the images, the transforms
+    and, with a network, what it is and computes, its precision, and the SHA-256 of its parameters. last_layer is left
+    out, because it is trained. The sizes are those of load_data: a file may have changed since. Leaves the network in
+    evaluation mode."""
     record = {}
     for x, dset in dsets.items():
-        record |= {**dset.record, f"{NAMES[x]} transform": transformed(dset)}
+        files = [(Path(os.path.relpath(path, dset.root)).as_posix(), dset.sizes.get(path)) for path, _ in dset.samples]
+        record |= {f"{NAMES[x]} images": hashlib.sha256(str(files).encode()).hexdigest(),
+                   f"{NAMES[x]} transform": transformed(dset)}
     if network is None:
         return record
     digest = hashlib.sha256()

@@ -38,7 +38,7 @@ import common
 import small_vgg  # noqa: F401  from here on, VGG16 is small
 from support.errors import report
 from support.files import save
-from support.records import describe, make_record
+from support.records import file_sizes, make_record
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.5  # seconds, not 5, until a dead worker is noticed
 
@@ -148,7 +148,7 @@ def dsets_of(dataset, transform=None):
     """The datasets as load_data makes them."""
     dsets = {x: datasets.ImageFolder(dataset / x, transform or common.imagenet_format) for x in ("train", "valid")}
     for x in dsets:
-        dsets[x].record = describe(dsets[x], x)
+        dsets[x].sizes = file_sizes(dsets[x])
     return dsets
 
 

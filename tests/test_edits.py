@@ -248,3 +248,11 @@ def test_a_lambda_cannot_go_to_worker_processes(options, figures, monkeypatch):
     loader = functools.partial(torch.utils.data.DataLoader, multiprocessing_context="spawn")
     monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
     assert "--num-workers 0, or use a function with a name" in refused(NETWORK, *options, "--num-workers", 1)
+
+
+def test_images_that_the_script_leaves_out_are_noticed(options, figures, capsys):
+    """A student tries 03 with fewer images, after load_data: 04 does not take its last layer for one of all images."""
+    fewer = "    dsets['train'].samples = dsets['train'].samples[1:]\n"
+    run_here(HEAD, *options, *ONE_EPOCH, edits={LOADED: fewer + LOADED})
+    run_here(PRECOMPUTE, *options, *ONE_EPOCH)
+    assert "03_head.pt was trained with different training images\n" in capsys.readouterr().out
