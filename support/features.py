@@ -69,7 +69,8 @@ class FeatureFile:
         """Give the complete file its name, and return its rows."""
         if self.part:
             start, rows = self.timed_from
-            speed = (self.done - rows) / (time.perf_counter() - start) if self.done > rows else None
+            seconds = time.perf_counter() - start
+            speed = (self.done - rows) / seconds if self.done > rows and seconds else None
             # This order ensures that features never lie beside a wrong record, even if the run is killed.
             advice = "is another run writing here? Wait for it to finish, then run this script again"
             with on_error(self.path, advice=advice):

@@ -68,7 +68,7 @@ def test_04_gives_the_features_of_the_cpu(results, x):
 
 
 def test_records_of_the_gpu_fit_on_the_cpu(results, tmp_path, capsys):
-    """A laptop goes on where Colab stopped: nothing is computed again, and 04 starts from 03's last layer."""
+    """A laptop continues where Colab stopped: nothing is computed again, and 04 starts from 03's last layer."""
     for path in results(GPU).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     options = ["--data-dir", results.photos, "--output-dir", tmp_path, "--device", "cpu", *TRAINING]

@@ -71,7 +71,7 @@ def test_a_refused_process_or_thread_is_one_line(error, advice):
 
 
 def test_images_are_checked_without_threads_if_none_is_allowed(dataset, monkeypatch):
-    """01 has no option for this: it must go on by itself."""
+    """01 has no option for this: it must continue by itself."""
     monkeypatch.setattr("threading.Thread.start", lambda thread: raise_(RuntimeError("can't start new thread")))
     check_images(dataset, remember=True)
     assert (dataset / ".images-checked").exists()

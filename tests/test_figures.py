@@ -385,6 +385,6 @@ def test_limits_of_the_axes(losses, scale, limits):
 
 
 def test_no_curves_without_a_history(capsys):
-    """The lecture's own train_model returns nothing: the script goes on."""
+    """The lecture's own train_model returns nothing: the script continues."""
     common.plot_training({}, "a title")
     assert capsys.readouterr().out == "no curves: train_model returned no history\n"
