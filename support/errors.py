@@ -100,7 +100,7 @@ def report(kind, error, traceback):
         return  # in a worker process: the main process notices, and reports the reason
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EINVAL):
         try:
-            sys.stdout.flush()
+            print(flush=True)
         except OSError:  # the reader of our output, such as head, has closed it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None  # the status that a shell reports after SIGPIPE

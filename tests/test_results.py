@@ -286,11 +286,13 @@ def test_a_console_that_cannot_print_a_path(tmp_path, out, figures, monkeypatch)
 
 
 @posix
-def test_a_console_that_is_closed(options, figures, monkeypatch, capfd):
+@pytest.mark.parametrize("unbuffered", [False, True])  # True: with PYTHONUNBUFFERED=1, as in Docker
+def test_a_console_that_is_closed(options, figures, monkeypatch, capfd, unbuffered):
     """Output that is piped into head: no traceback, and the status of a program that a closed pipe has ended."""
     read, write = os.pipe()
     os.close(read)
-    with open(write, "w") as pipe, pytest.raises(SystemExit, match="141"):
+    pipe = io.TextIOWrapper(io.FileIO(write, "w"), write_through=True) if unbuffered else open(write, "w")
+    with pipe, pytest.raises(SystemExit, match="141"):
         monkeypatch.setattr(sys, "stdout", pipe)
         message("01_data.py", *options)
     assert capfd.readouterr().err == ""
