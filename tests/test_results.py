@@ -291,7 +291,8 @@ def test_a_console_that_is_closed(options, figures, monkeypatch, capfd, unbuffer
     """Output that is piped into head: no traceback, and the status of a program that a closed pipe has ended."""
     read, write = os.pipe()
     os.close(read)
-    pipe = io.TextIOWrapper(io.FileIO(write, "w"), write_through=True) if unbuffered else open(write, "w")
+    raw = io.FileIO(write, "w")
+    pipe = io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw), write_through=unbuffered)
     with pipe, pytest.raises(SystemExit, match="141"):
         monkeypatch.setattr(sys, "stdout", pipe)
         message("01_data.py", *options)
