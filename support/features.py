@@ -26,9 +26,10 @@ class FeatureFile:
             print(f"{path.name} was computed with {changed}: recomputing")
             complete = False
         # Rows are appended to a .part file. A .json file beside it contains its record: rows of two kinds never mix.
-        for json in path.parent.glob(f"{path.stem}.*.json"):
-            part = json.with_suffix(".part")
-            changed = differences(load(json, "delete it and run this script again"), record)
+        for part in {found.with_suffix(".part") for found in path.parent.glob(f"{path.stem}.{'[0-9a-f]' * 8}.*")}:
+            json = part.with_suffix(".json")  # it may be missing, if it was damaged and has been deleted
+            old = load(json, "delete it and run this script again") if json.exists() else {}
+            changed = differences(old, record)
             if not complete and not changed:
                 self.part = part
             else:

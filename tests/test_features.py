@@ -119,11 +119,22 @@ def test_a_part_file_of_other_layers_is_removed(path, capsys):
 def test_a_part_file_is_removed_when_the_features_are_complete(path, capsys):
     """Two runs at once: one was killed, the other finished."""
     finish(path)
-    part = path.with_suffix(".0123.part")
+    part = path.with_suffix(".01234567.part")
     part.touch()
     part.with_suffix(".json").write_text(json.dumps(RECORD))
     assert finish(path) == 0
-    assert "conv_feat_train.0123.part removed: not needed now\n" in capsys.readouterr().out
+    assert "conv_feat_train.01234567.part removed: not needed now\n" in capsys.readouterr().out
+
+
+def test_a_part_file_whose_record_is_damaged(path):
+    """The advice leads on, and no gigabytes stay; what the student has copied under a name of its own stays."""
+    part = kill(begin(path, stop=24))
+    copy = path.with_suffix(".copy.json")
+    for file in (part.with_suffix(".json"), copy):
+        file.write_text("{")
+    assert message(begin, path).endswith(": delete it and run this script again")
+    part.with_suffix(".json").unlink()
+    assert np.array_equal(begin(path).finish(), ROWS) and not part.exists() and copy.exists()
 
 
 def test_part_files_of_the_other_layer_and_set_stay(path):
