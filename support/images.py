@@ -73,8 +73,8 @@ def check_folders(data_dir, classes):
         counts = {name: sum(map(is_image_file, files[name])) for name in files}
         if sorted(files) != classes:
             raise UserError(f"{folder}: must contain images in the folders {classes}, and no other folders, but "
-                            f"contains {counts}: move the others to another place, or change CLASSES in common.py (in "
-                            "alphabetical order)")
+                            f"contains {counts}: move the others to another place, use a different --data-dir, or "
+                            "change CLASSES in common.py (in alphabetical order)")
         for name in classes:
             if counts[name] == 0:
                 endings = sorted({os.path.splitext(file)[1] or "none" for file in files[name]})[:5]

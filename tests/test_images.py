@@ -59,7 +59,7 @@ def test_what_is_no_photo_is_named(tmp_path, monkeypatch, text, problem):
     (lambda train: (train / ".ipynb_checkpoints").mkdir(), "",
      "must contain images in the folders ['cats', 'dogs'], and no other folders, but contains {"),
     (lambda train: shutil.copytree(train / "cats", train / "birds"), "", "'birds': 3"),
-    (lambda train: (train / "cats").rename(train / "x"), "", "to another place, or change CLASSES in common.py"),
+    (lambda train: (train / "cats").rename(train / "x"), "", "or change CLASSES in common.py (in alphabetical order)"),
     (lambda train: [path.rename(path.with_suffix(".txt")) for path in train.glob("dogs/*")], "dogs",
      "none of the 3 files is an image (endings found: ['.txt']; used: .jpg, "),
     (lambda train: (train / "cats" / "@eaDir").mkdir(), "cats/@eaDir", "a folder or a broken link among the images"),
