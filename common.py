@@ -97,7 +97,8 @@ def freeze_and_replace_head(model):
 def train_model(model, dataloader, size, epochs=1, optimizer=None, criterion=nn.NLLLoss(), after_epoch=None):
     """Train on `size` images, in batches (inputs, classes). Only the optimizer's parameters change. For each epoch,
     print and return the mean loss per image and the accuracy, both measured during training, and the time in seconds.
-    After each epoch, call after_epoch(history), if it is given. Raises UserError if the loss is not a number."""
+    After each epoch, call after_epoch(history), if it is given. Raises UserError if the loss is negative or not finite.
+    """
     device = next(model.parameters()).device
     non_blocking = device.type == "cuda"  # copy in the background (on MPS, data could be used before it arrives)
     history = []
@@ -245,7 +246,7 @@ def get_weights(weights, sample=False):
     if weights == "imagenet":
         try:
             if not os.path.exists(IMAGENET_FILE):
-                download([os.environ.get("VGG16_URL", IMAGENET.url)], IMAGENET_FILE, IMAGENET_SIZE,
+                download([os.environ.get("VGG16_URL") or IMAGENET.url], IMAGENET_FILE, IMAGENET_SIZE,
                          ["sha256", "397923af"])
             with on_error(IMAGENET_FILE, "cannot be read"), open(IMAGENET_FILE, "rb"):
                 pass

@@ -58,7 +58,7 @@ def transformed(dset):
 def make_record(dsets, network=None, last_layer=None):
     """Return what a result is made from: the SHA-256 of the names (with "/") and sizes of the images, the transforms
     and, with a network, what it is and computes, its precision, and the SHA-256 of its parameters. last_layer is left
-    out, because it is trained. The sizes are those of load_data: a file may have changed since. Leaves the network in
+    out, because it is trained. The sizes are those of load_data: a file may have changed since. Switches the network to
     evaluation mode."""
     record = {}
     for x, dset in dsets.items():
