@@ -247,7 +247,7 @@ def get_weights(weights, sample=False):
         try:
             if not os.path.exists(IMAGENET_FILE):
                 download([os.environ.get("VGG16_URL") or IMAGENET.url], IMAGENET_FILE, IMAGENET_SIZE,
-                         ["sha256", "397923af"])
+                         "sha256", "397923af")
             with on_error(IMAGENET_FILE, "cannot be read"), open(IMAGENET_FILE, "rb"):
                 pass
         except UserError as error:

@@ -1,7 +1,5 @@
-"""Code that is not part of the lecture. To follow the lecture, read the scripts and common.py.
-
-A module for each subject: errors, progress, files, images, options, run, download, records, features, dataset. Each
-imports only modules that stand before it in this list."""
+"""Code that is not part of the lecture. Each module imports only those that stand before it in this list: errors,
+progress, files, images, options, run, download, records, features, dataset."""
 import sys
 from pathlib import Path
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from urllib.parse import unquote, urlsplit
 
 from support.errors import UserError, on_error
@@ -14,15 +15,8 @@ from support.files import MIB, replace
 from support.progress import progress
 
 
-def digest_matches(path, algorithm, digest, n_bytes=None):
-    """Return whether the hash of a file, or of its first n_bytes, begins with this hexadecimal digest."""
-    with open(path, "rb") as file:
-        content = file.read(n_bytes)
-    return hashlib.new(algorithm, content, usedforsecurity=False).hexdigest().startswith(digest)
-
-
 def open_url(url, done):
-    """Return the response for a URL, which may contain NAME:PASSWORD@, from byte `done` on."""
+    """Return the response for a URL, which may contain NAME:PASSWORD@, from byte `done` on if the server can resume."""
     headers = {"User-Agent": "torch.hub"}  # some servers refuse Python's own name
     if done:
         headers["Range"] = f"bytes={done}-"
@@ -31,20 +25,20 @@ def open_url(url, done):
     if login:
         headers["Authorization"] = "Basic " + base64.b64encode(unquote(login).encode()).decode()
     request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers=headers)
-    return urllib.request.urlopen(request, timeout=30)  # seconds without data
-
-
-def fetch(url, part, size):
-    """Download the rest of the file `part`, up to `size` bytes. Raises OSError or HTTPException if that fails, or
-    UserError if the disk is the problem."""
-    done = part.stat().st_size if part.exists() else 0
     try:
-        response = open_url(url, done if done < size else 0)
+        return urllib.request.urlopen(request, timeout=30)  # seconds without data
     except urllib.error.HTTPError:
         if not done:
             raise
-        response = open_url(url, 0)  # the server cannot resume: download everything
-    with response:
+        return open_url(url, 0)
+
+
+def fetch(url, part, size):
+    """Download the rest of the file `part`, up to `size` bytes. Raises UserError if the disk is the problem."""
+    done = part.stat().st_size if part.exists() else 0
+    if done == size:
+        return
+    with open_url(url, done if done < size else 0) as response:
         if response.status != 206:  # the server sends the whole file
             done = 0
         length = response.headers.get("Content-Length", str(size - done))  # a proxy may leave it out
@@ -63,9 +57,9 @@ def fetch(url, part, size):
             os.fsync(file.fileno())
 
 
-def download(urls, path, size, hashed, room=0):
+def download(urls, path, size, algorithm, digest, n_bytes=None, room=0):
     """Download a file of `size` bytes from the first URL that works, resuming after the bytes that path.part contains.
-    hashed: arguments of digest_matches. room: bytes that are needed afterwards. Raises UserError if it fails."""
+    digest: first digits of the hash of its first n_bytes, or of all. room: bytes needed later. Raises UserError."""
     part = path.with_name(path.name + ".part")
     with on_error(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,24 +68,21 @@ def download(urls, path, size, hashed, room=0):
         with contextlib.suppress(OSError):  # some disks do not report it, or report 0
             free = shutil.disk_usage(path.parent).free
         if 0 < free < needed:
-            raise UserError(f"{path.parent}: about {needed:,} bytes are needed, but only {free:,} are free: free some "
-                            "space, or choose another folder")
+            raise UserError(f"{path.parent}: needs about {needed:,} bytes, but only {free:,} are free: free some space")
         part.touch()  # before the download, as the folder may be read-only
     print(f"downloading {size:,} bytes to {path}" + (f", resuming after the first {done:,}" if done else ""))
     failures = []
     for url in urls:
         try:
-            if done != size:
-                fetch(url, part, size)
-            done = 0
-            if not digest_matches(part, *hashed):
+            fetch(url, part, size)
+            with open(part, "rb") as file:
+                hashed = hashlib.new(algorithm, file.read(n_bytes), usedforsecurity=False)
+            if not hashed.hexdigest().startswith(digest):
                 part.unlink()
                 raise OSError("the file was damaged (wrong checksum), and has been removed")
             replace(part, path)
             return
-        except UserError:
-            raise
-        except Exception as error:  # any network error
+        except (OSError, HTTPException, ValueError) as error:
             if path.exists() and not part.exists():
                 return  # another run has finished the download
             shown = url.rpartition("@")[2].partition("?")[0]  # without a password or a key

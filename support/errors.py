@@ -3,26 +3,32 @@ import contextlib
 import errno
 import multiprocessing
 import os
-import pickle
 import sys
 
-MEMORY_ERRORS = ["out of memory", "llocate memory", "nable to allocate", "not enough memory", "Invalid buffer size"]
-
-# Errors that an edit can cause: a part of Python's or PyTorch's message, and what to do about it.
-LARGER = "the transform makes images that are too small for the network: use a larger crop, such as CenterCrop(224)"
-TO_TENSOR = "the transform does not make tensors: add transforms.ToTensor(), before Normalize"
-VGG = "this needs a network with features, avgpool and classifier, such as models.vgg13"
-AFTER_AN_EDIT = {
-    "stack expects each tensor to be equal size":
-        "the transform makes images of different sizes: add a crop to it, such as transforms.CenterCrop(224)",
-    "PIL.Image.Image": TO_TENSOR, "'Image' object has no attribute 'cpu'": TO_TENSOR,
-    "Output size is too small": LARGER, "Kernel size can't be greater": LARGER,
-    "is out of bounds.": "more classes than outputs: the 2 of nn.Linear(4096, 2) must be the number of CLASSES",
-    "argument 'criterion'": "your train_model does not take criterion and after_epoch: remove both from its call",
-    "name 'device' is not defined": "paste the lecture's functions into the script, whose variables they use",
-    "name 'criterion' is not defined": "paste the lecture's functions after the line criterion = ... of the script",
-    "object has no attribute 'features'": VGG, "object has no attribute 'classifier'": VGG,
-    "should be a float tensor": "the transform makes whole numbers: use transforms.ToTensor(), not PILToTensor",
+# What to do about an error, and the parts of its type, its error code or its message by which it is recognized.
+REMEDIES = {
+    "close other programs, or add --num-workers 0": ["new thread", "BlockingIOError", "EMFILE", "ENFILE", "ENOMEM"],
+    "free some space, or choose another folder": ["ENOSPC", "EDQUOT"],
+    "check its permissions, close it if it is open in another Python or notebook, or choose another folder": [
+        "PermissionError"],
+    "check the disk or the network drive, and run this script again": ["EIO", "ESTALE", "ENOTCONN", "TimeoutError"],
+    "out of memory: close other programs, add --num-workers 0, use a smaller --batch-size (in 03 and 04), or add "
+    "--device cpu (if a GPU is used)": [
+        "MemoryError", "out of memory", "enough memory", "llocate memory", "nable to allocate", "Invalid buffer size",
+        "</torch_"],  # a file in shared memory, by which a worker process passes on a batch
+    "a worker process died (too little memory, or a function that it cannot import?): add --num-workers 0": [
+        "DataLoader worker (pid", "BrokenPipeError", "ConnectionResetError", "ConnectionRefused", "ConnectionAborted"],
+    "add --num-workers 0, or use a function with a name, at the top of the file, instead of a lambda": [
+        "PicklingError", "Can't pickle", "cannot pickle"],
+    # after an edit
+    "add a crop to the transform, such as transforms.CenterCrop(224)": ["stack expects each tensor to be equal size"],
+    "add transforms.ToTensor() to the transform, before Normalize": ["PIL.Image.Image", "'Image' object has no"],
+    "use transforms.ToTensor(), not PILToTensor": ["should be a float tensor"],
+    "use a larger crop, such as CenterCrop(224)": ["Output size is too small", "Kernel size can't be greater"],
+    "the 2 of nn.Linear(4096, 2) must be the number of CLASSES": ["is out of bounds."],
+    "use a network like models.vgg13, with features and classifier": ["attribute 'features'", "attribute 'classifier'"],
+    "your train_model does not take criterion and after_epoch: remove both from its call": ["argument 'criterion'"],
+    "paste the lecture's functions into the script, after criterion = ...": ["name 'device'", "name 'criterion'"],
 }
 
 
@@ -34,16 +40,14 @@ class UserError(Exception):
 
 
 def remedy(error):
-    """Return what to do about an OSError."""
-    if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
-        return "close other programs, or add --num-workers 0"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space, or choose another folder"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return "check its permissions, close it if it is open in another Python or notebook, or choose another folder"
-    if error.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT):
-        return "check the disk or the network drive, and run this script again"
-    return "fix this, or choose another folder"
+    """Return what to do about an error, or None if it is a bug."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):  # its message, in the user's language, may also contain the name of a file
+        text = f"{type(error).__name__} {errno.errorcode.get(error.errno)}"
+    for advice, signs in REMEDIES.items():
+        if any(sign in text for sign in signs):
+            return advice
+    return "fix this, or choose another folder" if isinstance(error, OSError) else None
 
 
 @contextlib.contextmanager
@@ -55,46 +59,30 @@ def on_error(path, problem="cannot be written", advice="fix this, or choose anot
     except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged file can cause any error
-        text = f"{type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the system, not the content
             if error.errno == errno.ENOENT and problem != "cannot be written":
                 raise UserError(f"{path} is missing: {advice}") from error
-            text = error.strerror
             problem = problem if "cannot" in problem else "cannot be read"
+            path = error.filename2 or path  # the target of a rename
+            reason = error.strerror
             advice = advice if error.errno == errno.ENOENT else remedy(error)
-        raise UserError(f"{path}: {problem} ({' '.join(text.split())[:120]}): {advice}") from error
+        raise UserError(f"{path}: {problem} ({reason}): {advice}") from error
 
 
 def one_line(error):
     """Return one line that tells the user what to do about an error, or None if the error is a bug."""
-    text = str(error).strip()
+    text = f"{type(error).__name__}: {error}".strip(": \n")
     if isinstance(error, UserError):
         # a DataLoader passes on an error of a worker as a long text that ends with "UserError: " and the message
         return " ".join(text.rpartition("UserError: ")[2].splitlines())
-    for sign, advice in AFTER_AN_EDIT.items():
-        if sign in text:
-            return f"{text.splitlines()[-1][:120]}: {advice}"
-    if "shared memory" in text:
-        return "too little shared memory for worker processes: add --num-workers 0"
-    if isinstance(error, ConnectionError) or text.startswith("DataLoader worker"):
-        return ("a worker process died (too little memory, or a function that it cannot import?): "
-                "add --num-workers 0")
-    if isinstance(error, MemoryError) or any(sign in text for sign in MEMORY_ERRORS):
-        return ("out of memory: close other programs, add --num-workers 0, use a smaller --batch-size (in 03 and 04), "
-                "or add --device cpu (if a GPU is used)")
-    if "start new thread" in text:
-        return "this system allows no more threads: close other programs, or add --num-workers 0"
-    if "pickle" in text and isinstance(error, (pickle.PicklingError, AttributeError, TypeError)):
-        return (f"worker processes cannot use this ({text.splitlines()[0]}): add --num-workers 0, or use a function "
-                "with a name, at the top of the file, instead of a lambda")
-    if isinstance(error, OSError):
-        return f"{error.filename or 'the operating system reports'}: {error.strerror or text}: {remedy(error)}"
-    return None
+    line = text.splitlines()[-1 if "Traceback" in text else 0]  # the last one, if a DataLoader passes on an error
+    advice = remedy(error)
+    return f"{line[:120]}: {advice}" if advice else None
 
 
 def report(kind, error, traceback):
-    """End a script: one line and status 1 for a problem that the user can fix, 130 after Ctrl-C, a traceback for a
-    bug."""
+    """End a script: one line and status 1 for what the user can fix, 130 after Ctrl-C, a traceback for a bug."""
     starting = sys.modules["__main__"].__name__ == "__mp_main__"  # a worker process that is not yet ready, on macOS
     if multiprocessing.parent_process() or starting:
         return  # in a worker process: the main process notices, and reports the reason

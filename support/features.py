@@ -10,6 +10,8 @@ from support.errors import on_error
 from support.files import load, replace, save
 from support.records import differences
 
+ADVICE = "delete it and run this script again"
+
 
 class FeatureFile:
     """A .npy file of features, (N, ...) float32, to which rows are appended batch by batch, so that memory use does not
@@ -18,25 +20,23 @@ class FeatureFile:
 
     def __init__(self, path, shape, record, batch_size):
         self.path, self.record, self.json = path, record, path.with_suffix(".json")
-        self.timed_from = None
         self.part = None  # the file that rows are appended to; None if all are there
         self.done = shape[0]
+        self.times = []  # when each batch was complete, and how many rows there were then
         complete = path.exists() and self.json.exists()
-        if complete and (changed := differences(load(self.json, "delete it and run this script again"), record)):
+        if complete and (changed := differences(load(self.json, ADVICE), record)):
             print(f"{path.name} was computed with {changed}: recomputing")
             complete = False
         # Rows are appended to a .part file. A .json file beside it contains its record: rows of two kinds never mix.
         for part in {found.with_suffix(".part") for found in path.parent.glob(f"{path.stem}.{'[0-9a-f]' * 8}.*")}:
             json = part.with_suffix(".json")  # it may be missing, if it was damaged and has been deleted
-            old = load(json, "delete it and run this script again") if json.exists() else {}
-            changed = differences(old, record)
+            changed = differences(load(json, ADVICE) if json.exists() else {}, record)
             if not complete and not changed:
                 self.part = part
             else:
                 print(f"{part.name} removed: " + (f"it was started with {changed}" if changed else "not needed now"))
-                with on_error(part, "cannot be removed"):
-                    part.unlink(missing_ok=True)
-                    json.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
+                json.unlink(missing_ok=True)
         if complete:
             print(f"{path.name}: already computed from the same images, layers, transform and precision")
             return
@@ -45,10 +45,9 @@ class FeatureFile:
             save(path.parent, {self.part.with_suffix(".json").name: record}, quiet=True)
         with on_error(self.part):
             self.part.touch()
+            size = self.part.stat().st_size
             # kept open until finish(), and never truncated on opening: another run may be writing the same rows
             self.file = open(self.part, "r+b")  # noqa: SIM115
-            size = self.file.seek(0, os.SEEK_END)
-            self.file.seek(0)
             np.lib.format.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": shape})
             header, row_bytes = self.file.tell(), 4 * math.prod(shape[1:])
             rows = max(size - header, 0) // row_bytes
@@ -63,18 +62,15 @@ class FeatureFile:
             self.file.write(np.ascontiguousarray(rows, dtype=np.float32))
             self.file.flush()
         self.done += len(rows)
-        if self.timed_from is None:  # the first batch is not timed: it includes the start of workers and device
-            self.timed_from = (time.perf_counter(), self.done)
+        self.times.append((time.perf_counter(), self.done))
 
     def finish(self):
         """Give the complete file its name, and return its rows."""
         if self.part:
-            start, rows = self.timed_from
-            seconds = time.perf_counter() - start
-            speed = (self.done - rows) / seconds if self.done > rows and seconds else None
+            (start, first), (end, last) = self.times[0], self.times[-1]  # the first batch includes the start of workers
+            speed = (last - first) / (end - start) if last > first else None
             # This order ensures that features never lie beside a wrong record, even if the run is killed.
-            advice = "is another run writing here? Wait for it to finish, then run this script again"
-            with on_error(self.path, advice=advice):
+            with on_error(self.path, advice="is another run writing here? Wait for it, then run this script again"):
                 self.file.truncate()
                 os.fsync(self.file.fileno())
                 self.file.close()
@@ -84,4 +80,4 @@ class FeatureFile:
                 replace(self.part, self.path)
                 self.part.with_suffix(".json").unlink(missing_ok=True)
             print(f"saved {self.path}" + (f": {speed:.1f} images/s" if speed else ""))
-        return load(self.path, "delete it and run this script again")
+        return load(self.path, ADVICE)

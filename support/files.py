@@ -1,6 +1,5 @@
 """Write files completely or not at all, and load them without running code that they may contain."""
 import contextlib
-import errno
 import io
 import json
 import os
@@ -19,19 +18,16 @@ MIB = 2**20
 
 
 def absolute_path(text):
-    """Return an absolute path for a text, which may be relative, begin with ~ (home), or lead through links. Raises
-    UserError if one of them is broken."""
+    """Return an absolute path for a text, which may begin with ~ (home). Raises UserError for a broken link in it."""
     path = Path(os.path.expanduser(text)).absolute()
     for place in [path, *path.parents]:
         if place.is_symlink() and not os.path.exists(place):
-            raise UserError(f"{place} is a link to {os.path.realpath(place)}, which does not exist: connect that disk, "
-                            "or create that folder")
+            raise UserError(f"{place}: a broken link to {os.path.realpath(place)}: connect that disk, or create it")
     return path.resolve()
 
 
 def replace(source, target):
-    """Rename as os.replace does. On Windows, it fails while a virus scanner or another program has one of the files
-    open: try for 3 s."""
+    """Rename as os.replace does. Try for 3 s: on Windows, it fails while a virus scanner has one of the files open."""
     for _ in range(6):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
@@ -40,15 +36,14 @@ def replace(source, target):
 
 
 def temporary_folder(parent):
-    """Create a folder in `parent` for this run only. Also remove folders that killed runs left behind: those unchanged
-    for an hour, by the clock of that disk. Raises UserError if `parent` cannot be written."""
+    """Create a folder in `parent` for this run, and remove those that killed runs left behind. Raises UserError."""
     with on_error(parent):
         parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".part-", dir=parent))
     for old in parent.glob(".part-*"):
         with contextlib.suppress(OSError):  # another run may be removing it too
             changed = max(place.stat().st_mtime for place in [old, *old.glob("**/")])  # of the folders in it
-            if folder.stat().st_mtime - changed > 3600:
+            if folder.stat().st_mtime - changed > 3600:  # seconds, by the clock of that disk
                 shutil.rmtree(old)
     return folder
 
@@ -56,14 +51,13 @@ def temporary_folder(parent):
 def encode(name, content):
     """Return the bytes of a file in the format given by the extension of its name."""
     buffer = io.BytesIO()  # in memory: on a full disk, torch.save and np.save raise all kinds of errors
-    suffix = Path(name).suffix
-    if suffix == ".npy":
+    if name.endswith(".npy"):
         np.save(buffer, content, allow_pickle=False)
-    elif suffix == ".pt":
+    elif name.endswith(".pt"):
         torch.save(content, buffer)
-    elif suffix == ".png":
+    elif name.endswith(".png"):
         content.savefig(buffer, format="png")
-    elif suffix == ".json":
+    elif name.endswith(".json"):
         buffer.write(json.dumps(content, indent=1, default=os.fspath, allow_nan=False).encode())
     else:
         buffer.write(content.encode())
@@ -75,18 +69,16 @@ def save(folder, files, quiet=False, fsync=True):
     of several files marks the set as complete: its old copy is removed first, and the new one is written last."""
     parts = temporary_folder(folder)
     try:
-        for name, content in files.items():
-            with on_error(folder / name), open(parts / name, "wb") as file:
-                file.write(encode(name, content))
-                file.flush()
-                if fsync:  # wait until it is on the disk
-                    os.fsync(file.fileno())
-        last = folder / list(files)[-1]
-        with on_error(last):
+        with on_error(folder):
+            for name, content in files.items():
+                with open(parts / name, "wb") as file:
+                    file.write(encode(name, content))
+                    file.flush()
+                    if fsync:  # wait until it is on the disk
+                        os.fsync(file.fileno())
             if len(files) > 1:
-                last.unlink(missing_ok=True)
-        for name in files:
-            with on_error(folder / name):
+                (folder / list(files)[-1]).unlink(missing_ok=True)
+            for name in files:
                 replace(parts / name, folder / name)
     finally:
         shutil.rmtree(parts, ignore_errors=True)
@@ -102,9 +94,7 @@ def load(path, advice):
             return dict(json.loads(path.read_text()))
         if path.suffix != ".npy":
             return torch.load(path, map_location="cpu", weights_only=True)
-        try:  # a small array is read whole: on Windows, a mapped file cannot be replaced by a later run
-            return np.load(path, mmap_mode="c" if path.stat().st_size > 64 * MIB else None, allow_pickle=False)
-        except OSError as error:
-            if error.errno != errno.ENODEV:
-                raise
-            return np.load(path, allow_pickle=False)
+        if path.stat().st_size > 64 * MIB:  # not a small array: on Windows, a later run could not replace a mapped file
+            with contextlib.suppress(OSError):  # this disk may not support it
+                return np.load(path, mmap_mode="c", allow_pickle=False)
+        return np.load(path, allow_pickle=False)

@@ -12,13 +12,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from support.errors import UserError, on_error
 from support.progress import progress
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)  # a huge image would take gigabytes of memory
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels: gigabytes of memory
 warnings.filterwarnings("ignore", "Palette images with Transparency")  # harmless
 
 
 def load_image(path, rotate=False):
-    """Return the RGB PIL image in a file, rotated according to its EXIF data if `rotate`. Raises UserError if it is
-    damaged, not an image, larger than 89 million pixels, or has 32-bit pixels."""
+    """Return the RGB PIL image in a file, rotated according to its EXIF data if `rotate`. Raises UserError."""
     advice = "replace it with a JPEG, or move it to another folder" if os.path.exists(path) else "check the name"
     with on_error(path, "cannot be read as an image", advice), Image.open(path) as image:
         if rotate:
@@ -32,12 +31,8 @@ def load_image(path, rotate=False):
 
 def photo(text):
     """Return the path of a photo that can be read. A type for argparse. Raises UserError if it cannot."""
-    if "://" in text:
-        raise UserError(f"--image: {text} is a web address: save the photo with a browser, and give the file's name")
-    if os.path.isdir(text):
-        raise UserError(f"--image: {text} is a folder: give the names of photos in it")
-    if not os.path.exists(text) and ("*" in text or "?" in text):
-        raise UserError(f"--image: {text}: no files match, or this terminal does not expand *: give the names in full")
+    if not os.path.isfile(text):
+        raise UserError(f"--image: there is no file {text}: give the full names of photos on this computer")
     load_image(text, rotate=True)
     return text
 
@@ -60,23 +55,18 @@ def dataset_near(data_dir):
 
 
 def check_folders(data_dir, classes):
-    """Raise UserError unless train and valid contain one folder of images per class and nothing else that ImageFolder
-    would mistake for a class or an image. Do not open the images."""
+    """Raise UserError if ImageFolder would find no images of a class, or mistake something for a class or an image."""
     near = dataset_near(data_dir)
-    if near is None:
-        raise UserError(f"{data_dir}: train or valid is missing: run python 01_data.py first, with the same "
-                        "--data-dir, or use --sample")
     if near != data_dir:
-        raise UserError(f"--data-dir: {data_dir} does not contain train and valid: use --data-dir {near}")
+        advice = f"use --data-dir {near}" if near else "run python 01_data.py with the same --data-dir, or use --sample"
+        raise UserError(f"--data-dir: {data_dir} does not contain train and valid: {advice}")
     for folder in [data_dir / "train", data_dir / "valid"]:
         files = {place.name: os.listdir(place) for place in folder.iterdir() if place.is_dir()}
-        counts = {name: sum(map(is_image_file, files[name])) for name in files}
         if sorted(files) != classes:
-            raise UserError(f"{folder}: must contain images in the folders {classes}, and no other folders, but "
-                            f"contains {counts}: move the others to another place, use a different --data-dir, or "
-                            "change CLASSES in common.py (in alphabetical order)")
+            raise UserError(f"{folder}: contains {sorted(files)} instead of {classes}: move the others elsewhere, use "
+                            "a different --data-dir, or edit CLASSES in common.py (in alphabetical order)")
         for name in classes:
-            if counts[name] == 0:
+            if not any(map(is_image_file, files[name])):
                 endings = sorted({os.path.splitext(file)[1] or "none" for file in files[name]})[:5]
                 raise UserError(f"{folder / name}: none of the {len(files[name])} files is an image (endings found: "
                                 f"{endings}; used: {', '.join(IMG_EXTENSIONS)}): add images, or convert them to JPEG")
@@ -116,9 +106,8 @@ def check_images(data_dir, remember):
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not open the other images
     if problems:
         print(*problems[:20], sep="\n", file=sys.stderr)
-        more = " (only the first 20 are listed)" if len(problems) > 20 else ""
-        raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read{more}: replace "
-                        "them or move them to another folder, then run python 01_data.py again (omit --from-kaggle)")
+        raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read (20 at most are "
+                        "listed): replace or move them, then run python 01_data.py again (omit --from-kaggle)")
     if remember:
         with contextlib.suppress(OSError):  # a dataset on a read-only disk is checked every time
             checked.write_bytes(digest)

@@ -27,12 +27,10 @@ def option_parser(script, doc, network=True):
     """Return a parser with the options of every script; if `network`, also those of the scripts that run VGG16."""
     parser = argparse.ArgumentParser(script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = parser.add_argument_group("common options")
-    size = common.add_mutually_exclusive_group().add_argument
-    size("--sample", action="store_true",
-         help="use 24 images: the dataset's sample folder if it exists, else the bundled drawings")
-    size("--limit", type=number(2, 1_000_000), metavar="N", help="use N training images, the same number of each "
-         "class, and 200 validation images (all if there are fewer)")
-    add = common.add_argument
+    add, size = common.add_argument, common.add_mutually_exclusive_group().add_argument
+    size("--sample", action="store_true", help="use 24 images: the dataset's sample folder, else the bundled drawings")
+    size("--limit", type=number(2, 1_000_000), metavar="N", help="use N training and 200 validation images (all if "
+         "there are fewer), the same number of each class")
     add("--data-dir", type=absolute_path, metavar="DIR", default=str(HERE / "data" / "dogscats"),
         help="folder that contains train/ and valid/ (default: data/dogscats)")
     add("--output-dir", type=absolute_path, metavar="DIR",
@@ -47,8 +45,7 @@ def option_parser(script, doc, network=True):
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
             help="cuda: NVIDIA GPU, mps: GPU of a Mac, auto: a GPU if there is one (default: auto)")
         add("--weights", type=weights_option, default="imagenet", metavar="imagenet|untrained|FILE",
-            help="ImageNet's (553 MB, downloaded once), random, or from a .pth file (default: imagenet; in 05, those "
-            "of the results)")
-        add("--bf16", action="store_true", help="run the frozen layers in bfloat16 (16 bits, less precise): faster on "
-            "GPUs that support it and on CPUs with AVX-512 BF16 or AMX, slower on others")
+            help="ImageNet's (553 MB), random, or a .pth file (default: imagenet; in 05, those of the results)")
+        add("--bf16", action="store_true", help="run the frozen layers in bfloat16: less precise, but faster on "
+            "GPUs that support it and on CPUs with AVX-512 BF16 or AMX (slower on others)")
     return parser

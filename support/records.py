@@ -3,17 +3,14 @@ import hashlib
 import os
 import random
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from support.errors import UserError, on_error
-
-NAMES = {"train": "training", "valid": "validation"}
+from support.errors import UserError
 
 
 def behavior(thing, outputs):
@@ -30,56 +27,48 @@ def file_sizes(dset):
     sizes = {path: os.stat(path).st_size for path, _ in dset.samples}
     empty = [Path(path).relative_to(dset.root).as_posix() for path in sizes if sizes[path] == 0]
     if empty:
-        more = f" and {len(empty) - 20} more" if len(empty) > 20 else ""
-        raise UserError(f"{dset.root}: {len(empty)} empty files, {', '.join(empty[:20])}{more}: replace or remove them")
+        raise UserError(f"{dset.root}: {len(empty)} empty files, e.g. {', '.join(empty[:20])}: replace or remove them")
     return sizes
 
 
 def transformed(dset):
     """Return what the loader and the transform of an ImageFolder make of a fixed image. A random transform makes the
     same of it in each run, and the run's own random numbers do not change."""
-    blocks = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    image = str(Path(__file__).with_name("fixed_image.png"))  # blocks of random colors, with sharp edges
     states = random.getstate(), np.random.get_state()
-    with on_error("the folder for temporary files (environment variable TMPDIR)"):
-        folder = tempfile.TemporaryDirectory()
-        path = os.path.join(folder.name, "fixed.png")
-        Image.fromarray(blocks).resize((640, 480), Image.Resampling.NEAREST).save(path)
-    with folder, torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         random.seed(0)
         np.random.seed(0)
         torch.default_generator.manual_seed(0)  # torch.manual_seed would also change the random numbers of a GPU
-        outputs = dset.transform(dset.loader(path))
+        outputs = dset.transform(dset.loader(image))
     random.setstate(states[0])
     np.random.set_state(states[1])
     return behavior(dset.transform, outputs)
 
 
 @torch.inference_mode()
-def make_record(dsets, network=None, last_layer=None):
-    """Return what a result is made from: the SHA-256 of the names (with "/") and sizes of the images, the transforms
-    and, with a network, what it is and computes, its precision, and the SHA-256 of its parameters. last_layer is left
-    out, because it is trained. The sizes are those of load_data: a file may have changed since. Switches the network to
-    evaluation mode."""
+def make_record(dsets, network=None, last_layer=nn.Identity()):
+    """Return what a result is made from: the SHA-256 of the names (with "/") and sizes (as in load_data) of the images,
+    the transforms and, with a network, what it is and computes, its precision, and the SHA-256 of its parameters, but
+    for those of last_layer, which is trained. Switches the network to evaluation mode."""
     record = {}
     for x, dset in dsets.items():
         files = [(Path(os.path.relpath(path, dset.root)).as_posix(), dset.sizes.get(path)) for path, _ in dset.samples]
-        record |= {f"{NAMES[x]} images": hashlib.sha256(str(files).encode()).hexdigest(),
-                   f"{NAMES[x]} transform": transformed(dset)}
+        name = {"train": "training", "valid": "validation"}[x]
+        record |= {f"{name} images": hashlib.sha256(str(files).encode()).hexdigest(),
+                   f"{name} transform": transformed(dset)}
     if network is None:
         return record
+    trained = {*last_layer.parameters(), *last_layer.buffers()}
     digest = hashlib.sha256()
-    trained = list(last_layer.modules()) if last_layer else []  # one layer, or several in an nn.Sequential
-    for module in network.modules():
-        if module not in trained:
-            for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+    for value in [*network.parameters(), *network.buffers()]:
+        if value not in trained:
+            digest.update(value.cpu().flatten().view(torch.uint8).numpy())
     weight = next(network.parameters())
-    reached = []  # the inputs of the last layer, or the outputs of a network without one
-    hook = last_layer.register_forward_pre_hook(lambda layer, inputs: reached.extend(inputs)) if last_layer else None
     inputs = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    reached.append(network.eval()(inputs.to(weight.device)))
-    if hook:
-        hook.remove()
+    reached = []  # the inputs of the last layer, or the outputs of a network without one
+    with last_layer.register_forward_pre_hook(lambda layer, inputs: reached.extend(inputs)):
+        reached.append(network.eval()(inputs.to(weight.device)))
     return {**record, "network": behavior(network, reached[0].float().cpu()), "frozen layers": digest.hexdigest(),
             "precision": str(weight.dtype).removeprefix("torch.")}
 
@@ -95,7 +84,6 @@ def equal(old, new):
 
 
 def differences(record, now):
-    """Return what differs between a record and the current one, such as "different training images", or "" if nothing
-    does."""
+    """Return what differs between a record and the current one, such as "different training images", or ""."""
     changed = [name for name in now if not equal(record.get(name), now[name])]
     return " and ".join(f"different {name}" if name.endswith("s") else f"a different {name}" for name in changed)

@@ -1,8 +1,8 @@
 """Start a script, and print its headings."""
+import contextlib
 import multiprocessing.connection
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -24,18 +24,16 @@ warnings.filterwarnings("ignore", "Glyph .* missing")  # harmless: a file name i
 
 
 def start_run(parser):
-    """Parse the command line and prepare the run: choose the folders, set up the figures, and try what the run will
-    need later. Return argparse's namespace. Raises UserError."""
+    """Parse the command line, choose folders, set up figures, try what the run will need later. Return the options."""
     program, *options = map(str, sys.argv or [""])
     # A notebook or an editor has a command line of its own (ipykernel_launcher.py -f x.json, or an empty name). A link
     # to a script may have any name, and "-" means that Python reads the script from its standard input.
-    names = [Path(program).name, Path(program).resolve().name]
-    own_command_line = program == "-" or any((HERE / name).is_file() for name in names)
-    args = parser.parse_args(options if own_command_line else ["--sample", "--show"])
+    is_script = program == "-" or any((HERE / Path(x).name).is_file() for x in [program, os.path.realpath(program)])
+    args = parser.parse_args(options if is_script else ["--sample", "--show"])
     if hasattr(sys.stdout, "reconfigure"):  # not in IDLE or a notebook
         # a path may contain characters that the console cannot print; each line appears at once, even in a pipe
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    if not own_command_line:
+    if not is_script:
         print("In a notebook, the options are --sample --show. To choose others, run this and then the cells again:\n"
               f'import sys; sys.argv = ["{parser.prog}", "--limit", "1000", "--show"]')
     if args.output_dir is None:
@@ -55,18 +53,15 @@ def start_run(parser):
 
 
 def try_workers(args):
-    """Try the lock and the socket that worker processes need, and that some clusters and containers do not allow. If
-    that fails, load the images without them; raises UserError if --num-workers asks for them."""
+    """Try the lock and the socket that worker processes need. Where they are not allowed, load images without them."""
     if args.num_workers == 0:
         return
     try:
         multiprocessing.Lock()
         multiprocessing.connection.Listener().close()
     except Exception as error:
-        problem = f"worker processes cannot be used here ({error}; temporary folder: {tempfile.gettempdir()})"
-        if args.num_workers:
-            raise UserError(f"{problem}: use --num-workers 0, or set TMPDIR to a short path on a local disk") from error
-        print(f"NOTICE: {problem}: --num-workers 0 is used")
+        print(f"NOTICE: worker processes cannot be used here ({error}): --num-workers 0 is used. If a path is too "
+              "long, set TMPDIR to a short one on a local disk")
         args.num_workers = 0
 
 
@@ -78,12 +73,10 @@ def set_up_figures(args):
     else:
         plt.style.use("default")  # not the user's matplotlibrc: the figures look the same everywhere
         backend = plt.get_backend() if args.show else "agg"
-        if "inline" in backend or backend.lower() in FILES_ONLY:  # a notebook passes its backend on to !python
-            backend = "agg"
-        try:
-            plt.switch_backend(backend)
-        except Exception:  # the backend needs a display, or a package
-            plt.switch_backend("agg")
+        plt.switch_backend("agg")
+        if backend.lower() not in FILES_ONLY and "inline" not in backend:  # a notebook passes its backend on to !python
+            with contextlib.suppress(Exception):  # the backend needs a display, or a package
+                plt.switch_backend(backend)
     if args.show and plt.get_backend().lower() in FILES_ONLY:
         print("--show: figures cannot be opened in windows here; they are only saved")
         args.show = False
@@ -96,8 +89,7 @@ def print_options(args):
 
 
 def banner(heading, time=None, pause=False):
-    """Print a heading of the lecture. If it has a time in the video, such as "0:49:50", print a link and, if `pause`,
-    wait for Enter."""
+    """Print a heading of the lecture and, if it has a time in the video, a link. If `pause`, then wait for Enter."""
     print(f"\n{('=' if time else '-') * 80}\n{heading}")
     if time:
         hours, minutes, seconds = map(int, time.split(":"))

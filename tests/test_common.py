@@ -6,15 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import dsets_of, message, raise_
+from conftest import message, raise_
 from PIL import Image
-from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 from torchvision import models
 
 import common
-from support.errors import UserError
-from support.records import differences, make_record
 
 
 def test_imagenet_format_crops_and_normalizes():
@@ -27,11 +24,11 @@ def test_imagenet_format_crops_and_normalizes():
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
-@pytest.mark.parametrize("kind", ["untrained", "half", "channels_last", "gpu"])
+@pytest.mark.parametrize("kind", ["untrained", "half", "gpu"])
 def test_weights_are_those_asked_for_however_their_file_was_saved(tmp_path, monkeypatch, kind):
     """Untrained weights are random, and the same in every script; a student's .pth file may come from a GPU."""
     torch.manual_seed(0)
-    model = models.vgg16().to(memory_format=torch.channels_last if kind == "channels_last" else None)
+    model = models.vgg16()
     state = (model.half() if kind == "half" else model).state_dict()
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0" if kind == "gpu" else "cpu")
     torch.save(state, tmp_path / "my.pth")
@@ -40,72 +37,58 @@ def test_weights_are_those_asked_for_however_their_file_was_saved(tmp_path, monk
     assert all(ours[name].dtype == torch.float32 and torch.equal(ours[name], state[name].float()) for name in state)
 
 
-OTHER_NETWORK = "use a file that was saved from this network, or train again (--weights untrained needs no file)"
-
-
-@pytest.mark.parametrize("content, problem, remedy", [
-    (None, " is missing: ", ""), (b"", ": damaged or unsafe (", ""), (b"<html>", ": damaged or unsafe (", ""),
-    ({"weight": torch.zeros(3)}, ": saved from a different network, not from this VGG (", OTHER_NETWORK),
-    ([1, 2], ": saved from a different network, not from this VGG (", OTHER_NETWORK)],
-    ids=["missing", "empty", "a login page", "another network", "no network"])
-@pytest.mark.parametrize("weights, advice", [
-    ("imagenet", "delete it if it exists, and run this script again"),
-    ("my.pth", "give a different file to --weights")])
-def test_unusable_weights_are_named_in_one_line(tmp_path, monkeypatch, weights, advice, content, problem, remedy):
+@pytest.mark.parametrize("weights, save, problem, advice", [
+    ("imagenet", lambda path: None, "is missing", "delete it if it exists, and run this script again"),
+    ("my.pth", lambda path: path.write_text("<html>"), "damaged or unsafe", "give a different file to --weights"),
+    ("my.pth", lambda path: torch.save({"weight": torch.zeros(3)}, path), "from a different network, not from this VGG",
+     "use a file that was saved from this network, or train again (--weights untrained needs no file)")],
+    ids=["missing", "a login page", "another network"])
+def test_unusable_weights_are_named_in_one_line(tmp_path, monkeypatch, weights, save, problem, advice):
     """torch's own message has a line for each layer."""
     path = tmp_path / "my.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content:
-        torch.save(content, path)
+    save(path)
     monkeypatch.setattr(common, "IMAGENET_FILE", path)
     text = message(common.load_vgg16, weights if weights == "imagenet" else str(path))
-    assert text.startswith(f"error: {path}{problem}") and text.endswith(f": {remedy or advice}")
+    assert text.startswith(f"error: {path}") and problem in text and text.endswith(f": {advice}")
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path):
     """After a training with too large a learning rate."""
-    layer = nn.Linear(2, 2)
-    torch.save({"weight": torch.full((2, 2), torch.nan), "bias": torch.zeros(2)}, tmp_path / "x.pt")
-    assert message(common.load_state, layer, tmp_path / "x.pt", "train again") == (
-        f"error: {tmp_path / 'x.pt'}: contains numbers that are not finite: train again")
+    path = tmp_path / "x.pt"
+    torch.save({"weight": torch.full((2, 2), torch.nan), "bias": torch.zeros(2)}, path)
+    assert message(common.load_state, torch.nn.Linear(2, 2), path, "train again") == (
+        f"error: {path}: contains numbers that are not finite: train again")
 
 
-def test_weights_that_are_there_need_no_network(capsys):
-    """And nothing is said about them."""
-    assert common.get_weights("imagenet") == "imagenet" and common.get_weights("my.pth") == "my.pth"
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("mirror", [None, "", "http://school.example/vgg16.pth"])
+def test_weights_are_downloaded_once_from_torchvision_or_a_mirror(tmp_path, monkeypatch, mirror):
+    """A wrong size or hash costs a download of 553 MB."""
+    calls, path = [], tmp_path / "vgg16.pth"
+    monkeypatch.setattr(common.os, "environ", {} if mirror is None else {"VGG16_URL": mirror})
+    monkeypatch.setattr(common, "IMAGENET_FILE", path)
+    monkeypatch.setattr(common, "download", lambda *args: calls.append(args) or path.touch())
+    assert common.get_weights("imagenet") == common.get_weights("imagenet") == "imagenet"
+    url = mirror or "https://download.pytorch.org/models/vgg16-397923af.pth"
+    assert calls == [([url], path, 553_433_881, "sha256", "397923af")]
 
 
 @pytest.fixture
-def offline(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "IMAGENET_FILE", tmp_path / "none.pth")
-    monkeypatch.setattr(common, "download", lambda *args: raise_(UserError("no net")))
+def unreadable(monkeypatch):
+    """In a container with another user, the file of the weights is there, and cannot be opened."""
+    monkeypatch.setattr("common.open", lambda *args: raise_(PermissionError(13, "Permission denied")), raising=False)
 
 
-def test_without_network_a_full_run_ends(offline):
-    """Hours with random weights would be lost."""
-    assert message(common.get_weights, "imagenet") == "error: no net, or use --weights FILE or --weights untrained"
+def test_unreadable_weights_are_not_called_damaged(unreadable):
+    """Deleting 553 MB would not help."""
+    text = message(common.get_weights, "imagenet")
+    assert text.startswith(f"error: {common.IMAGENET_FILE}: cannot be read (Permission denied): check its permissions")
+    assert text.endswith(", or use --weights FILE or --weights untrained")
 
 
-def test_without_network_the_sample_continues_untrained(offline, capsys):
-    """The first try of the course needs no network, but says in large letters what it shows."""
+def test_the_sample_continues_without_weights_and_says_so(unreadable, capsys):
+    """The first try of the course must work; the reason stands above, and large letters say what it shows."""
     assert common.get_weights("imagenet", sample=True) == "untrained"
-    assert re.fullmatch(r"no net\n\*{80}\nNOTICE: untrained weights[^*]*\*{80}\n", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("mirror", [None, "http://school.example/vgg16.pth"])
-def test_weights_are_downloaded_from_torchvision_or_a_mirror(tmp_path, monkeypatch, mirror):
-    """A wrong size or hash costs a download of 553 MB."""
-    calls, path = [], tmp_path / "none.pth"
-    monkeypatch.setattr(common, "IMAGENET_FILE", path)
-    monkeypatch.setattr(common, "download", lambda *args: calls.append(args) or path.touch())
-    monkeypatch.delenv("VGG16_URL", raising=False)
-    if mirror:
-        monkeypatch.setenv("VGG16_URL", mirror)
-    assert common.get_weights("imagenet") == "imagenet"
-    assert calls == [([mirror or common.IMAGENET.url], path, 553_433_881, ["sha256", "397923af"])]
-    assert common.IMAGENET.url.endswith("/vgg16-397923af.pth")
+    assert re.search(r"cannot be read .*\n\*{80}\nNOTICE: untrained weights[^*]*\*{80}\n$", capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------------------------------------------------- devices
@@ -136,92 +119,63 @@ def test_channels_last_but_on_mps(kind, layout):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that makes this machine look like another. too_old: the GPU is found, but its results are wrong.
-    fast_bf16: the CPU and the GPU support bfloat16 (a GPU that does not can emulate it, which is slow)."""
-    def machine(*gpus, too_old=False, fast_bf16=False):
-        def ones(size, device):
-            if device != "cpu" and device not in gpus:
-                raise RuntimeError("no such device")
-            return real_ones(size) * (0 if too_old and device != "cpu" else 1)
-
+    """A function that makes this machine look like another: for each GPU that torch finds, what it gives for 1. One
+    that is too old gives 0. fast_bf16: the CPU and the GPU have instructions for bfloat16; None: torch cannot tell."""
+    def machine(fast_bf16=False, **gpus):
+        ones = {"cpu": 1, **gpus}
+        monkeypatch.setattr(torch, "ones", lambda size, device: torch.full([size], ones[device]))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in gpus)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in gpus)
-        monkeypatch.setattr(torch, "ones", ones)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation=True: including_emulation or fast_bf16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
+            including_emulation or fast_bf16))
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast_bf16, raising=False)
-
-    real_ones = torch.ones
+        if fast_bf16 is None:  # a later torch may not have this private function
+            monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     return machine
 
 
-@pytest.mark.parametrize("gpus, expected", [(["cuda", "mps"], "cuda"), (["mps"], "mps"), ([], "cpu")])
-def test_a_gpu_is_used_if_there_is_one(machine, capsys, gpus, expected):
-    """It is ten times faster or more."""
-    machine(*gpus)
-    assert common.get_device("auto").type == expected and capsys.readouterr().out == ""
+@pytest.mark.parametrize("gpus, asked, expected, notice", [
+    ({"cuda": 1, "mps": 1}, "auto", "cuda", ""), ({"mps": 1}, "auto", "mps", ""), ({}, "auto", "cpu", ""),
+    ({"cuda": 1, "mps": 1}, "mps", "mps", ""), ({"cuda": 1}, "cpu", "cpu", ""), ({"cuda": 0}, "auto", "cpu",
+     "NOTICE: a GPU (cuda) was found, but this version of PyTorch cannot use it: using the CPU\n")])
+def test_a_gpu_is_used_if_one_works_and_no_other_device_is_asked_for(machine, capsys, gpus, asked, expected, notice):
+    """It is ten times faster or more. If it is too old, the student learns why the run is slow."""
+    machine(**gpus)
+    assert common.get_device(asked).type == expected and capsys.readouterr().out == notice
 
 
-@pytest.mark.parametrize("gpu", ["cuda", "mps"])
-def test_a_gpu_that_is_too_old_is_not_used(machine, capsys, gpu):
-    """It is found, but every result would be wrong. The student learns why the run is slow."""
-    machine(gpu, too_old=True)
-    assert common.get_device("auto").type == "cpu"
-    assert capsys.readouterr().out == (
-        f"NOTICE: a GPU ({gpu}) was found, but this version of PyTorch cannot use it: using the CPU\n")
+@pytest.mark.parametrize("gpus, name, bf16, problem", [
+    ({}, "cuda", False, "device cuda: this version of PyTorch cannot use such a device here: use --device cpu"),
+    ({"mps": 0}, "mps", False, "device mps: this version of PyTorch cannot use such a device here: use --device cpu"),
+    ({"cuda": 1}, "cuda", True, "bf16: this GPU does not support bfloat16: omit it, or add --device cpu"),
+    ({"mps": 1}, "mps", True, "bf16: not tested on mps: omit it, or add --device cpu")])
+def test_what_a_gpu_cannot_do_ends_the_run(machine, gpus, name, bf16, problem):
+    """Who asked for a GPU does not want to wait for hours; and bfloat16 that is emulated is slower than float32."""
+    machine(**gpus)
+    assert message(common.get_device, name, bf16) == f"error: --{problem}"
 
 
-@pytest.mark.parametrize("name", ["cpu", "mps"])
-def test_the_device_that_is_asked_for_is_used(machine, name):
-    """Although auto would take another."""
-    machine("cuda", "mps")
-    assert common.get_device(name).type == name
-
-
-@pytest.mark.parametrize("gpus", [[], ["cuda"]], ids=["there is none", "too old"])
-def test_a_device_that_cannot_be_used_ends_the_run(machine, gpus):
-    """Who asked for a GPU does not want to wait for hours."""
-    machine(*gpus, too_old=True)
-    assert message(common.get_device, "cuda") == (
-        "error: --device cuda: this version of PyTorch cannot use such a device here: use --device cpu")
-
-
-@pytest.mark.parametrize("name, fast, problem", [
-    ("cuda", True, None),
-    ("cuda", False, "error: --bf16: this GPU does not support bfloat16: omit it, or add --device cpu"),
-    ("mps", True, "error: --bf16: not tested on mps: omit it, or add --device cpu")])
-def test_bf16_on_a_gpu(machine, name, fast, problem):
-    """An emulated bfloat16 would be slower than none."""
-    machine(name, fast_bf16=fast)
-    if problem:
-        assert message(common.get_device, name, True) == problem
-    else:
-        assert common.get_device(name, bf16=True).type == name
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_bf16_on_a_cpu(machine, capsys, fast):
+@pytest.mark.parametrize("device, fast, notice", [
+    ("cuda", True, ""), ("cpu", True, ""), ("cpu", False, "NOTICE: --bf16: this CPU has no AVX-512 BF16."),
+    ("cpu", None, "NOTICE: --bf16: this CPU has no AVX-512 BF16.")])
+def test_bf16_may_be_slow_on_a_cpu(machine, capsys, device, fast, notice):
     """Only a notice: on some Arm CPUs it is fast, and torch does not tell."""
-    machine(fast_bf16=fast)
-    assert common.get_device("cpu", bf16=True).type == "cpu"
-    assert capsys.readouterr().out.startswith("NOTICE: --bf16: this CPU has no AVX-512 BF16.") == (not fast)
+    machine(fast, cuda=1)
+    assert common.get_device(device, bf16=True).type == device
+    assert capsys.readouterr().out.partition(" Unless")[0] == notice
 
 
 # --------------------------------------------------------------------------------------------------------- the data
-N_CATS, N_DOGS = {"train": 30, "valid": 150}, {"train": 70, "valid": 90}
-
-
-@pytest.mark.parametrize("n, cats, dogs", [(2, 1, 1), (11, 5, 6), (100, 30, 50), (10**6, 30, 70)])
+@pytest.mark.parametrize("n, cats, dogs", [
+    (2, [0], [0]), (5, [0, 1], [0, 2, 4]), (12, [0, 1, 2], [0, 1, 2, 3, 4, 5]), (99, [0, 1, 2], range(7))])
 def test_limit_keeps_as_many_of_each_class_evenly_spaced(n, cats, dogs):
     """So that guessing stays at 50%, and not only the first photos are used. 200 validation images, if there are."""
-    dsets = {x: Namespace(samples=[(f"cat {i}", 0) for i in range(N_CATS[x])] +
-                                  [(f"dog {i}", 1) for i in range(N_DOGS[x])]) for x in ["train", "valid"]}
-    common.limit_images(dsets, n)
-    for x, kept_cats, kept_dogs in [("train", cats, dogs), ("valid", 100, 90)]:
-        expected = ([(f"cat {i * N_CATS[x] // kept_cats}", 0) for i in range(kept_cats)] +
-                    [(f"dog {i * N_DOGS[x] // kept_dogs}", 1) for i in range(kept_dogs)])
-        assert dsets[x].samples == dsets[x].imgs == expected
-        assert dsets[x].targets == [label for _, label in expected]
+    train = Namespace(samples=[(f"cat{i}", 0) for i in range(3)] + [(f"dog{i}", 1) for i in range(7)])
+    valid = Namespace(samples=[("cat", 0)] * 150 + [("dog", 1)] * 90)
+    common.limit_images({"train": train, "valid": valid}, n)
+    assert train.samples == train.imgs == [(f"cat{i}", 0) for i in cats] + [(f"dog{i}", 1) for i in dogs]
+    assert train.targets == [0] * len(cats) + [1] * len(dogs)
+    assert valid.targets == [0] * 100 + [1] * 90
 
 
 def load_data(dataset, *batch_size, **options):
@@ -230,20 +184,13 @@ def load_data(dataset, *batch_size, **options):
 
 
 @pytest.mark.parametrize("given, batch_size", [([], 64), ([7], 7)])
-def test_training_images_are_shuffled_and_validation_images_are_not(dataset, given, batch_size):
+def test_training_images_are_shuffled_and_validation_images_are_not(dataset, capsys, given, batch_size):
     """A batch would be all cats; and predictions must be in the order of the images. The batches of the lecture."""
-    _, dsets, loader_train, loader_valid = load_data(dataset, *given)
+    _, _, loader_train, loader_valid = load_data(dataset, *given, limit=5)
     assert (loader_train.batch_size, type(loader_train.sampler)) == (batch_size, RandomSampler)
     assert (loader_valid.batch_size, type(loader_valid.sampler)) == (5, SequentialSampler)
-    assert loader_train.dataset is dsets["train"] and loader_valid.dataset is dsets["valid"]
-    assert make_record(dsets) == make_record(dsets_of(dataset))
-
-
-def test_a_subset_is_recorded_as_other_images(dataset, capsys):
-    """Results of a subset never mix with those of all images."""
-    _, dsets, *_ = load_data(dataset, limit=2)
-    assert differences(make_record(dsets_of(dataset)), make_record(dsets)) == "different training images"
-    assert capsys.readouterr().out == "2 training images, 4 validation images; device: cpu\n"
+    assert (len(loader_train.dataset), len(loader_valid.dataset)) == (5, 4)
+    assert capsys.readouterr().out == "5 training images, 4 validation images; device: cpu\n"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -272,11 +219,5 @@ def test_empty_files_are_named(dataset):
     names = [f"dogs/x.{i:02}.jpg" for i in range(25)]
     for name in names:
         (dataset / "valid" / name).touch()
-    assert message(load_data, dataset) == (f"error: {dataset / 'valid'}: 25 empty files, {', '.join(names[:20])} and 5 "
-                                           "more: replace or remove them")
-
-
-def test_the_first_four_of_each_class_are_shown_whatever_their_numbers():
-    """In 03 and 04; with classes of different size, no cat is taken for a dog."""
-    assert common.four_of_each(Namespace(targets=[0] * 6 + [1] * 9)) == [0, 1, 2, 3, 6, 7, 8, 9]
-    assert common.four_of_each(Namespace(targets=[0] * 2 + [1])) == [0, 1, 2]
+    assert message(load_data, dataset) == (
+        f"error: {dataset / 'valid'}: 25 empty files, e.g. {', '.join(names[:20])}: replace or remove them")

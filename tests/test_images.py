@@ -1,14 +1,16 @@
 """support/images.py: opening images in every usual form, and checking photos, folders and datasets before any work."""
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PHOTO, message, raise_, run_here
+from conftest import PHOTO, make_dataset, message, raise_, run_here
 from PIL import Image
 
+from support.dataset import get_dataset
 from support.errors import UserError
-from support.images import check_folders, check_images, load_image, photo
+from support.images import check_folders, check_images, dataset_near, load_image, photo
 
 GREY = np.tile(np.linspace(0, 255, 100).astype(np.uint8), (90, 1))
 RGB = Image.fromarray(np.stack([GREY, GREY[:, ::-1], GREY // 2], axis=2))
@@ -43,33 +45,28 @@ def test_a_photo_that_is_not_usable_is_named_before_any_work(tmp_path, script, n
     assert text.endswith("): replace it with a JPEG, or move it to another folder")
 
 
-@pytest.mark.parametrize("text, problem", [
-    ("https://x.org/cat.jpg", "is a web address: save the photo with a browser, and give the file's name"),
-    (".", "is a folder: give the names of photos in it"),
-    ("no*.jpg", ": no files match, or this terminal does not expand *: give the names in full"),
-    ("cat.jpg", " is missing: check the name")])
-def test_what_is_no_photo_is_named(tmp_path, monkeypatch, text, problem):
-    """Each has a different remedy."""
+@pytest.mark.parametrize("text", ["https://x.org/cat.jpg", ".", "no*.jpg", "cat.jpg"])
+def test_what_is_no_photo_is_named(tmp_path, monkeypatch, text):
+    """A web address, a folder, a name that this terminal does not expand, a typing error."""
     monkeypatch.chdir(tmp_path)
-    line = message(photo, text)
-    assert line.startswith("error: ") and text in line and line.endswith(problem)
+    assert message(photo, text) == (
+        f"error: --image: there is no file {text}: give the full names of photos on this computer")
 
 
 @pytest.mark.parametrize("change, place, problem", [
     (lambda train: (train / ".ipynb_checkpoints").mkdir(), "",
-     "must contain images in the folders ['cats', 'dogs'], and no other folders, but contains {"),
-    (lambda train: shutil.copytree(train / "cats", train / "birds"), "", "'birds': 3"),
-    (lambda train: (train / "cats").rename(train / "x"), "", "or change CLASSES in common.py (in alphabetical order)"),
-    (lambda train: [path.rename(path.with_suffix(".txt")) for path in train.glob("dogs/*")], "dogs",
-     "none of the 3 files is an image (endings found: ['.txt']; used: .jpg, "),
+     "contains ['.ipynb_checkpoints', 'cats', 'dogs'] instead of ['cats', 'dogs']: move the others elsewhere, use "),
+    (lambda train: (train / "cats").rename(train / "x"), "", "or edit CLASSES in common.py (in alphabetical order)"),
+    (lambda train: [path.rename(path.with_suffix(".HEIC")) for path in sorted(train.glob("dogs/*"))], "dogs",
+     "none of the 2 files is an image (endings found: ['.HEIC']; used: .jpg, "),
+    (lambda train: [path.rename(path.with_name(path.stem[-1])) for path in sorted(train.glob("dogs/*"))], "dogs",
+     "none of the 2 files is an image (endings found: ['none']; used: .jpg, "),
     (lambda train: (train / "cats" / "@eaDir").mkdir(), "cats/@eaDir", "a folder or a broken link among the images"),
-    (lambda train: (train / "cats" / "x.jpg").symlink_to("no"), "cats/x.jpg", "a folder or a broken link among the")],
-    ids=["a hidden folder", "a third class", "a class renamed", "no images", "a folder in a class", "a broken link"])
+    (lambda train: (train / "cats" / "x.jpg").symlink_to("no"), "cats/x.jpg", "a folder or a broken link among the")])
 @pytest.mark.parametrize("part", ["train", "valid"])
-def test_a_dataset_with_unexpected_folders_is_refused(dataset, part, change, place, problem):
+def test_a_dataset_with_unexpected_folders_is_refused(tmp_path, part, change, place, problem):
     """ImageFolder would shift the labels, train on thumbnails, or stop at a broken link in the middle."""
-    for path in (dataset / "train").glob("*/*.2.jpg"):
-        shutil.copy(path, dataset / "valid" / path.parent.name)  # three of each class in both parts
+    dataset = make_dataset(tmp_path, train=2, valid=2)
     (dataset / part / "notes.txt").touch()
     check_folders(dataset, ["cats", "dogs"])
     change(dataset / part)
@@ -77,22 +74,43 @@ def test_a_dataset_with_unexpected_folders_is_refused(dataset, part, change, pla
     assert text.startswith(f"error: {dataset / part / place}: ") and problem in text
 
 
-def test_a_missing_dataset_sends_the_student_to_the_first_script(tmp_path):
-    """Who starts in the middle."""
-    assert message(check_folders, tmp_path / "none", ["cats", "dogs"]) == (
-        f"error: {tmp_path / 'none'}: train or valid is missing: run python 01_data.py first, with the same "
-        "--data-dir, or use --sample")
-
-
-@pytest.mark.parametrize("given", ["train", "train/cats", ".."])
-def test_a_folder_near_the_dataset_is_corrected(dataset, given):
-    """The usual mistakes: one folder too deep, or one too high."""
+@pytest.mark.parametrize("given, says", [
+    *[(given, "--data-dir: {folder} does not contain train and valid: use --data-dir {dataset}")
+      for given in ["train", "train/cats", ".."]],
+    ("../none/a/b", "--data-dir: {folder} does not contain train and valid: run python 01_data.py with the same "
+     "--data-dir, or use --sample")])
+def test_a_folder_without_a_dataset_is_corrected(dataset, given, says):
+    """The usual mistakes: one folder too deep, one too high, or to begin with the second script."""
     folder = (dataset / given).resolve()
-    assert message(check_folders, folder, ["cats", "dogs"]) == (
-        f"error: --data-dir: {folder} does not contain train and valid: use --data-dir {dataset}")
+    assert message(check_folders, folder, ["cats", "dogs"]) == f"error: {says.format(folder=folder, dataset=dataset)}"
 
 
-PROBLEM = ": cannot be read as an image"
+def test_an_unreadable_folder_is_no_dataset(tmp_path, monkeypatch):
+    """A new volume has a lost+found that belongs to root."""
+    (tmp_path / "lost+found").mkdir()
+    is_dir = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path, **options: (
+        raise_(PermissionError(13, "denied")) if "lost+found/" in path.as_posix() else is_dir(path, **options)))
+    assert dataset_near(tmp_path) is None
+
+
+@pytest.mark.parametrize("given, image, source", [
+    ("train", "train/cat.0.jpg", ""), ("", "PetImages/Cat/0.jpg", ""),
+    ("PetImages/Cat", "PetImages/Cat/0.jpg", "PetImages")])
+def test_a_folder_of_kaggles_or_microsofts_photos_is_told_how_to_use_them(tmp_path, given, image, source):
+    """Nobody should rename Downloads, or download 839 MB of photos that are already there."""
+    (tmp_path / image).parent.mkdir(parents=True)
+    (tmp_path / image).touch()
+    assert message(get_dataset, tmp_path / given, None).endswith(
+        f": use a new folder, such as --data-dir {tmp_path / source / 'dogscats'} --from-kaggle {tmp_path / source}")
+
+
+def test_companion_files_of_macos_are_not_images(dataset, tmp_path, monkeypatch):
+    """On an exFAT disk, macOS adds ._cat.0.jpg to cat.0.jpg. It cannot be read, and is invisible in the Finder."""
+    (dataset / "train" / "cats" / "._cat.0.jpg").touch()
+    monkeypatch.setattr("support.dataset.from_kaggle", lambda source, folder: shutil.copytree(dataset, folder))
+    get_dataset(tmp_path / "dogscats", tmp_path)
+    assert sorted(os.listdir(tmp_path / "dogscats" / "train" / "cats")) == ["cat.0.jpg", "cat.1.jpg", "cat.2.jpg"]
 
 
 def test_images_that_cannot_be_read_are_listed_before_hours_are_spent(dataset, options, figures, capsys):
@@ -102,13 +120,10 @@ def test_images_that_cannot_be_read_are_listed_before_hours_are_spent(dataset, o
     bad[0].with_suffix(".heic").touch()
     for path in bad:
         path.write_bytes(PHOTO.read_bytes()[:5000])
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError, match=r": 22 of 32 images cannot be read \(20 at most are listed\): replace"):
         run_here("01_data.py", *options)
-    assert str(found.value) == (
-        f"{dataset}: 22 of 32 images cannot be read (only the first 20 are listed): replace them or move "
-        "them to another folder, then run python 01_data.py again (omit --from-kaggle)")
     out, err = capsys.readouterr()
-    assert [line.partition(PROBLEM)[0] for line in err.splitlines()] == [str(path) for path in bad[:20]]
+    assert [line.partition(": cannot be read as an image")[0] for line in err.splitlines()] == [*map(str, bad[:20])]
     assert "  test1                    22 images\n    1 other files are not used: they do not end with .jpg " in out
     assert not (dataset / ".images-checked").exists()
 
@@ -130,9 +145,22 @@ def test_that_all_images_can_be_read_is_remembered_until_one_changes(dataset, ca
     assert calls == [(10, 10, "images")] * 4
 
 
+def test_images_on_a_read_only_disk_are_checked_every_time(dataset, capsys):
+    """A class shares the teacher's dataset."""
+    (dataset / ".images-checked").mkdir()  # can be neither read nor written
+    check_images(dataset, remember=True)
+    assert "checking that all 10 images can be read" in capsys.readouterr().out
+
+
+def test_images_are_checked_without_threads_if_none_is_allowed(dataset, monkeypatch):
+    """01 has no option for this: it must continue by itself."""
+    monkeypatch.setattr("threading.Thread.start", lambda thread: raise_(RuntimeError("can't start new thread")))
+    check_images(dataset, remember=True)
+    assert (dataset / ".images-checked").exists()
+
+
 def test_a_disk_that_fails_is_not_32_bad_images(dataset, monkeypatch):
     """The student would delete good photos."""
     monkeypatch.setattr("support.images.Image.open", lambda path: raise_(OSError(5, "Input/output error")))
-    assert "(Input/output error): check the disk or the network drive, and run this script again" in message(
-        check_images, dataset, True)
-    assert len(os.listdir(dataset / "train" / "cats")) == 3
+    line = message(check_images, dataset, True)
+    assert line.endswith("(Input/output error): check the disk or the network drive, and run this script again")
