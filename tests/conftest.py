@@ -161,8 +161,11 @@ def record_of(dataset, model=None):
 
 
 def fake_results(folder, dataset, proba_dog, step="04", model=None, **metrics):
-    """Made-up results of script 03 or 04, for 05_analysis.py to look at. Return their record."""
+    """Results of script 03 or 04, for 05_analysis.py to look at: those of the model if there is one, else made-up ones.
+    Return their record."""
     proba = np.array([(1 - p, p) for p in proba_dog], dtype=np.float64)
+    if model:
+        proba = outputs_of(model, dataset / "valid").exp().double().numpy()
     record = record_of(dataset, model)
     head = model.classifier[6] if model else nn.Linear(4096, 2)
     classes = np.array(datasets.ImageFolder(dataset / "valid").targets, dtype=np.int64)

@@ -90,6 +90,15 @@ def test_what_other_edits_gave_is_not_used(options, figures, capsys):
     assert "conv_feat_valid.npy: already computed" in printed
 
 
+def test_a_network_of_ones_own_is_not_taken_for_model_vgg(options, figures):
+    """04 trains it, but saves the last layer of model_vgg: 05 must not use that for new photos."""
+    own = "    trained = nn.Sequential(nn.Linear(25088, 2), nn.LogSoftmax(dim=1))\n"
+    edits = {"    frozen.eval()\n": own + "    frozen.eval()\n", "model_vgg.classifier[6].param": "trained.param"}
+    run_here(PRECOMPUTE, *options, "--epochs", 9, "--lr", 0.1, edits=edits)
+    line = message(ANALYSIS, *options, "--n-view", 1, "--image", PHOTO)
+    assert "04_head.pt: does not give the predictions of script 04, which trained a different network: train" in line
+
+
 def test_another_crop_is_pooled_as_in_the_network(options, figures, monkeypatch):
     """avgpool, which changes nothing at 224 pixels, makes 7 x 7 of all sizes."""
     monkeypatch.setattr(common, "imagenet_format", transforms.Compose([transforms.CenterCrop(256), *STEPS[1:]]))
