@@ -1,6 +1,5 @@
 """What the tests share: the scripts as modules and as processes, small datasets, a small VGG16 and its weights.
-They run on the CPU, where what they compare with was computed; only test_accelerator.py uses a GPU, if there is one."""
-import ast
+They run on the CPU, so that results can be compared exactly; only test_accelerator.py uses a GPU, if there is one."""
 import contextlib
 import copy
 import http.server
@@ -47,18 +46,13 @@ SAMPLE = ROOT / "sample"
 PHOTO, SECOND_PHOTO = SAMPLE / "valid" / "dogs" / "dog.8.jpg", SAMPLE / "train" / "cats" / "cat.0.jpg"
 TRAIN, VALID = (sorted((SAMPLE / x).rglob("*.jpg")) for x in ["train", "valid"])  # 16 and 8 images
 WITH_WINDOWS = "module://matplotlib.backends.backend_agg"  # stands for a backend of matplotlib that opens windows
-posix = pytest.mark.skipif(sys.modules.get("resource", os.name) in (None, "nt"), reason="Windows: open files, signals")
+posix = pytest.mark.skipif(sys.modules.get("resource", os.name) in (None, "nt"),  # None: a test that imitates Windows
+                           reason="Windows has no such links and signals, and renames no open file")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs the real VGG16 (553 MB); leave out with -m 'not slow'")
     config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded, use of fork")  # Python 3.12, of torch's workers
-
-
-def names_at_start(name):
-    """The variables that Python itself gives to a script when it starts."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return {"__name__": "__main__", "__doc__": ast.get_docstring(ast.parse(text), clean=False)}
 
 
 def arguments(name, options):
@@ -69,7 +63,7 @@ def arguments(name, options):
 
 def run_here(name, *options, edits=None):
     """Run a script's body in this process, after a student's edits, {old: new}. Return its variables."""
-    text, variables = (ROOT / name).read_text(encoding="utf-8"), names_at_start(name)
+    text, variables = (ROOT / name).read_text(encoding="utf-8"), {"__name__": "__main__"}
     for old, new in (edits or {}).items():
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -79,12 +73,12 @@ def run_here(name, *options, edits=None):
     return variables
 
 
-def message(name, *options):
-    """The one line that a user reads on stderr when a script, or a function, fails in this process."""
+def message(function, *args, **options):
+    """The one line that a user reads on stderr when a function, such as run_here, fails."""
     stderr = io.TextIOWrapper(io.BytesIO(), "ascii", "backslashreplace", write_through=True)
     with contextlib.redirect_stderr(stderr):
         try:
-            name(*options) if callable(name) else run_here(name, *options)
+            function(*args, **options)
         except Exception as error:
             report(type(error), error, error.__traceback__)
     line, = filter(str.strip, stderr.buffer.getvalue().decode().splitlines())
@@ -161,24 +155,17 @@ def record_of(dataset, model=None):
 
 
 def fake_results(folder, dataset, proba_dog, step="04", model=None, **metrics):
-    """Results of script 03 or 04, for 05_analysis.py to look at: those of the model if there is one, else made-up ones.
-    Return their record."""
+    """Results of script 03 or 04, for 05_analysis.py to look at: those of the model, or made-up ones without it."""
     proba = np.array([(1 - p, p) for p in proba_dog], dtype=np.float64)
     if model:
         proba = outputs_of(model, dataset / "valid").exp().double().numpy()
-    record = record_of(dataset, model)
     head = model.classifier[6] if model else nn.Linear(4096, 2)
     classes = np.array(datasets.ImageFolder(dataset / "valid").targets, dtype=np.int64)
     save(folder, {
         f"{step}_head.pt": head.state_dict(), f"{step}_predictions.npy": proba.argmax(axis=1),
         f"{step}_all_proba.npy": proba, f"{step}_all_classes.npy": classes,
-        f"{step}_metrics.json": {"made_from": record, "pretrained": True, "weights": "imagenet",
+        f"{step}_metrics.json": {"made_from": record_of(dataset, model), "pretrained": True, "weights": "imagenet",
                                  "train_accuracy": [0.5, 0.75], "valid_loss": 0.5, "valid_accuracy": 0.625, **metrics}})
-    return record
-
-
-def analyse(dataset, folder, *options):
-    return run_here("05_analysis.py", "--data-dir", dataset, "--output-dir", folder, *options)
 
 
 def see(folder):
@@ -194,18 +181,20 @@ def outputs_of(model, folder):
 @contextlib.contextmanager
 def not_painted():
     """The figures that are saved, {file name: Figure}. They are not painted, which would take most of a run's time."""
-    figures, save = {}, common.save
+    figures = {}
 
-    def keep(folder, files, **options):
-        figures.update(files) if ".png" in str(files) else save(folder, files, **options)  # a figure is saved alone
+    def keep(path, show=False):
+        figures[path.name] = plt.gcf()
+        plt.close()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "save", keep)
+        patch.setattr(common, "save_figure", keep)
         yield figures
 
 
 @pytest.fixture
 def figures():
+    """The figures that a test saves. They are not painted: most tests take this fixture only to be fast."""
     with not_painted() as figures:
         yield figures
 
@@ -337,7 +326,7 @@ def lesson(vgg_file, tmp_path_factory):
             options = ["--sample", "--show", "--output-dir", folder, *more.get(name, [])]
             patch.setattr(sys, "argv", arguments(name, options))
             _, *parts = re.split(r"^# %% (.*)\n", (ROOT / name).read_text(), flags=re.MULTILINE)
-            variables = names_at_start(name) | {"__doc__": None}  # in a notebook, it is not that of the script
+            variables = {"__name__": "__main__", "__doc__": None}  # in a notebook, it is not that of the script
             seen.names[name] = variables
             seen.headings += parts[2::2]  # but for the first, before the imports
             with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -34,8 +34,8 @@ def results(tmp_path_factory, vgg_file):
     ("probs_try.npy", 0.01), ("02_zero_shot.json", 0.01), ("conv_feat_train.npy", 0.01), ("conv_feat_valid.npy", 0.01),
     ("03_all_proba.npy", 0.001), ("04_all_proba.npy", 0.001), ("submission.csv", 0.001)])
 def test_a_gpu_gives_the_numbers_of_the_cpu(results, name, tolerance):
-    """Up to a part of the largest: NVIDIA GPUs multiply in TF32 inside convolutions, with 10 bits instead of 23. The
-    probabilities of a last layer that is not trained differ little from image to image, and must agree better."""
+    """Up to a fraction of the largest value: NVIDIA GPUs multiply in TF32 inside convolutions, with 10 bits instead of
+    23. The probabilities of a last layer that is not trained differ little between images, and must agree better."""
     gpu, cpu = (READ[(results[device] / name).suffix](results[device] / name) for device in [GPU, "cpu"])
     assert np.shape(gpu) == np.shape(cpu) and np.abs(gpu - cpu).max() < tolerance * np.max(cpu)
 
@@ -49,7 +49,7 @@ def test_records_of_the_gpu_fit_on_the_cpu(results, tmp_path, capsys, figures):
     assert "the last layer starts from 03_head.pt" in printed
 
 
-def test_training_lowers_the_loss_and_changes_only_the_last_layer(results, tmp_path, figures):
+def test_training_beats_guessing_and_changes_only_the_last_layer(results, tmp_path, figures):
     """Several small batches one after another: none may be overwritten while it is copied."""
     options = ["--data-dir", results["photos"], "--output-dir", tmp_path, "--device", GPU, "--epochs", 8, "--lr", 0.05]
     names = run_here("03_finetune_head.py", *options, "--batch-size", 3, "--num-workers", 2)

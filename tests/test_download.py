@@ -47,7 +47,7 @@ def test_one_line_says_why_a_download_failed_and_the_next_run_resumes_it(
         server, path, part, monkeypatch, capsys, watched, mode, reason, kept, pieces):
     """The network of a school has its own ways to fail. On a slow line, 839 MB take a night: no byte is sent twice."""
     urlopen = urllib.request.urlopen
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: urlopen(url, timeout={30: 0.5}[timeout]))
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: urlopen(request, timeout=0.5))
     part.write_bytes(CONTENT[:BEGUN])
     server.mode = mode
     assert message(get, path, server.url) == (
@@ -75,10 +75,10 @@ def test_an_address_is_named_without_its_secrets(path, address, shown):
 def test_what_a_server_is_asked(monkeypatch):
     """A school's mirror may need a login. Some servers refuse Python's own name."""
     requests = []
-    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: requests.append(request))
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: requests.append((request, timeout)))
     open_url("http://me:p%40ss@school.example/x.tgz", 7)
-    request, = requests
-    assert request.full_url == "http://school.example/x.tgz"
+    (request, timeout), = requests
+    assert timeout == 30 and request.full_url == "http://school.example/x.tgz"
     me_p_ss = "Basic bWU6cEBzcw=="
     assert request.headers == {"Authorization": me_p_ss, "Range": "bytes=7-", "User-agent": "torch.hub"}
 
@@ -99,9 +99,9 @@ def test_a_full_disk_keeps_what_was_downloaded(server, path, part):
 @pytest.mark.parametrize("left, mode, ranges", [
     (CONTENT[:BEGUN], "no ranges", [f"bytes={BEGUN}-"]),
     (CONTENT[:BEGUN], "416", [f"bytes={BEGUN}-", None]),
-    (CONTENT, "a whole part file", []),
-    (bytes(SIZE), "a damaged part file", [None]),
-    (CONTENT + bytes(100), "a longer part file", [None])], ids=lambda value: value if isinstance(value, str) else "")
+    (CONTENT, "whole", []),
+    (bytes(SIZE), "whole", [None]),
+    (CONTENT + bytes(100), "whole", [None])], ids=["no ranges", "416", "whole", "damaged", "too long"])
 def test_the_file_is_whole_whatever_an_earlier_run_has_left(server, path, part, left, mode, ranges):
     """And whatever the server supports."""
     part.write_bytes(left)

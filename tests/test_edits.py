@@ -1,6 +1,7 @@
 """A student changes a line and runs the scripts again: this works, or ends in one line that says what to do."""
 import functools
 import random
+import re
 import shutil
 
 import numpy as np
@@ -45,7 +46,7 @@ class Brighter:
     lambda factor: transforms.Lambda(lambda image: adjust_brightness(image, factor))],
     ids=["class", "partial", "function", "Lambda"])
 def test_transforms_are_the_same_if_they_compute_the_same(dataset, make):
-    """However they are printed: else 04 would compute the features in each run, or use those of the old code."""
+    """However they are printed: otherwise, 04 would compute the features in each run, or use those of the old code."""
     before = record_with(dataset, make(1.5))
     assert differences(before, record_with(dataset, make(1.5))) == ""
     changed = "a different training transform and a different validation transform"
@@ -54,7 +55,8 @@ def test_transforms_are_the_same_if_they_compute_the_same(dataset, make):
 
 @pytest.mark.parametrize("change", [
     lambda image: image.rotate(0.3), lambda image: image.filter(ImageFilter.BoxBlur(1)),
-    lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), lambda image: image.convert("L").convert("RGB")])
+    lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), lambda image: image.convert("L").convert("RGB")],
+    ids=["rotated", "blurred", "mirrored", "grey"])
 def test_a_small_change_of_load_image_is_noticed(dataset, change):
     """It belongs to what is done to an image before the network sees it, though it is not printed."""
     dsets = dsets_of(dataset)
@@ -81,7 +83,7 @@ def test_what_other_edits_gave_is_not_used(options, figures, capsys):
     dropout = "    model_vgg.classifier[2] = nn.Dropout(0.2)\n"
     run_here(HEAD, *options, *ONE_EPOCH, edits={LOADED: fewer + LOADED, network: network + dropout})
     changed = "03_head.pt was trained with different training images and a different network"
-    assert changed in message(ANALYSIS, *options, "--n-view", 1, "--image", PHOTO)
+    assert changed in message(run_here, ANALYSIS, *options, "--n-view", 1, "--image", PHOTO)
     run_here(PRECOMPUTE, *options, *ONE_EPOCH)
     run_here(PRECOMPUTE, *options, *ONE_EPOCH, edits={LOADED: gray + LOADED})
     printed = capsys.readouterr().out
@@ -95,7 +97,7 @@ def test_a_network_of_ones_own_is_not_taken_for_model_vgg(options, figures):
     own = "    trained = nn.Sequential(nn.Linear(25088, 2), nn.LogSoftmax(dim=1))\n"
     edits = {"    frozen.eval()\n": own + "    frozen.eval()\n", "model_vgg.classifier[6].param": "trained.param"}
     run_here(PRECOMPUTE, *options, "--epochs", 9, "--lr", 0.1, edits=edits)
-    line = message(ANALYSIS, *options, "--n-view", 1, "--image", PHOTO)
+    line = message(run_here, ANALYSIS, *options, "--n-view", 1, "--image", PHOTO)
     assert "04_head.pt: does not give the predictions of script 04, which trained a different network: train" in line
 
 
@@ -116,7 +118,7 @@ def test_a_hidden_layer_belongs_to_what_is_trained(vgg):
 @pytest.mark.parametrize("name, key, sizes, scripts", [
     ("vgg13", "B", [2, 2, 2, 2, 2], [HEAD]), ("vgg19", "E", [2, 2, 4, 4, 4], [HEAD]),
     ("vgg16_bn", "D", [2, 2, 3, 3, 3], [HEAD, PRECOMPUTE, ANALYSIS])])
-def test_another_network_needs_no_weights(options, figures, monkeypatch, capsys, name, key, sizes, scripts):
+def test_another_network_is_described(options, figures, monkeypatch, capsys, name, key, sizes, scripts):
     """The table and the figure of 03 are made from its layers; 04 and 05 use it, too."""
     layers = [layer for size in sizes for layer in [8] * size + ["M"]]
     monkeypatch.setitem(torchvision_vgg.cfgs, key, [*layers[:-2], 512, "M"])
@@ -124,8 +126,9 @@ def test_another_network_needs_no_weights(options, figures, monkeypatch, capsys,
     more = {HEAD: ONE_EPOCH, PRECOMPUTE: ONE_EPOCH, ANALYSIS: ["--n-view", 1, "--image", PHOTO]}
     for script in scripts:
         run_here(script, *options, *more[script], "--weights", "untrained")
-    table, drawn = capsys.readouterr().out, figures["03_blocks.png"].axes  # the input, and each block
-    assert all(f"  block {i}: {n} convolutions, pooling" in table for i, n in enumerate(sizes, 1)) and len(drawn) == 6
+    table = re.findall(r"^  block (\d): (\d) convolutions, pooling ", capsys.readouterr().out, re.M)
+    assert table == [(str(i), str(n)) for i, n in enumerate(sizes, 1)]
+    assert [axes.get_title() for axes in figures["03_blocks.png"].axes] == ["input", *(f"block {i}" for i, _ in table)]
 
 
 def test_cross_entropy_gives_probabilities(options, out, figures):
@@ -142,8 +145,7 @@ def test_cross_entropy_gives_probabilities(options, out, figures):
     ids=["no crop", "no ToTensor", "the lecture's train_model with our call"])
 def test_a_training_that_cannot_work_ends_in_one_line(out, figures, old, new, advice):
     """The student does not look for the error in a traceback."""
-    options = ["--sample", "--output-dir", out]
-    assert advice in message(lambda: run_here(HEAD, *options, edits={old: new}))
+    assert advice in message(run_here, HEAD, "--sample", "--output-dir", out, edits={old: new})
 
 
 @pytest.mark.parametrize("name", [HEAD, PRECOMPUTE])
@@ -182,12 +184,13 @@ def test_two_classes_of_ones_own_run_through_all_scripts(classes, figures, capsy
 
 def test_three_classes_are_trained_and_tested(classes, out, figures):
     """With 3 in nn.Linear of 03, as it says otherwise; 04 takes it from CLASSES. The views of 05 are for two."""
-    options = [*classes("ants", "bees", "flies"), *ONE_EPOCH]
-    assert "the 2 of nn.Linear(4096, 2) must be the number of CLASSES" in message(HEAD, *options)
-    run_here(HEAD, *options, edits={"nn.Linear(4096, 2)": "nn.Linear(4096, 3)"})
-    run_here(PRECOMPUTE, *options)
+    options = classes("ants", "bees", "flies")
+    assert "the 2 of nn.Linear(4096, 2) must be the number of CLASSES" in message(run_here, HEAD, *options)
+    run_here(HEAD, *options, *ONE_EPOCH, edits={"nn.Linear(4096, 2)": "nn.Linear(4096, 3)"})
+    run_here(PRECOMPUTE, *options, *ONE_EPOCH)
     assert [load(out / f"{step}_all_proba.npy", "").shape for step in ["03", "04"]] == [(6, 3), (6, 3)]
-    assert "05_analysis.py compares two classes, but CLASSES in common.py has 3" in message(ANALYSIS, *options[:-2])
+    line = message(run_here, ANALYSIS, *options)
+    assert "05_analysis.py compares two classes, but CLASSES in common.py has 3" in line
 
 
 @pytest.mark.filterwarnings("ignore:Got pickle error")
@@ -196,4 +199,4 @@ def test_a_lambda_cannot_go_to_worker_processes(options, figures, monkeypatch):
     monkeypatch.setattr(common, "imagenet_format", transforms.Compose([lambda image: image, *STEPS]))
     loader = functools.partial(torch.utils.data.DataLoader, multiprocessing_context="spawn")
     monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
-    assert "--num-workers 0, or use a function with a name" in message(NETWORK, *options, "--num-workers", 1)
+    assert "--num-workers 0, or use a function with a name" in message(run_here, NETWORK, *options, "--num-workers", 1)

@@ -43,7 +43,8 @@ def in_grid(figure):
 
 def assert_shows(figure, paths, proba, seen=Image.open):
     """Rows of four images; above each its class, the prediction, in red if it is wrong, and the name of the file."""
-    assert figure.get_figheight() == pytest.approx(3.6 * -(-len(paths) // 4) + 0.4)
+    n_rows = (len(paths) + 3) // 4
+    assert figure.get_figheight() == pytest.approx(3.6 * n_rows + 0.4)  # the rows and the heading
     for i, (axes, path, p) in enumerate(zip(figure.axes, paths, proba, strict=True)):
         true, pred = path.name.split(".")[0], ["cat", "dog"][p.argmax()]
         assert axes.get_title() == f"true: {true}\npredicted: {pred}, {p.max():.3f}\n{path.name}"
@@ -51,7 +52,7 @@ def assert_shows(figure, paths, proba, seen=Image.open):
         assert not axes.title.get_parse_math()  # a file name may contain $
         assert np.array_equal(shown_in(axes), seen(path)) and not axes.axison
         place = axes.get_subplotspec()
-        assert (place.rowspan.start, place.colspan.start, axes.get_anchor()) == (i // 4, i % 4, "N")
+        assert (place.rowspan.start, place.colspan.start) == divmod(i, 4) and axes.get_anchor() == "N"
 
 
 def labels(axes):
@@ -136,7 +137,7 @@ def test_03_and_04_plot_their_training(lesson, step, of, epochs, validation, tes
 @pytest.mark.parametrize("losses, scale, limits", [
     ([0.9, 0.6], "linear", (0, 1.1 * 0.9)), ([0.3, 0.2], "linear", (0, 1.1 * np.log(2))),  # of guessing
     ([5.0] + [0.4] * 9, "log", (0.35, 5.7))])
-def test_limits_of_the_axes(losses, scale, limits):
+def test_the_axes_neither_magnify_nor_flatten(losses, scale, limits):
     """A small change must not look large; a first spike must not flatten the rest."""
     common.plot_training({"train_loss": losses, "train_accuracy": losses, "valid_loss": 0.5, "valid_accuracy": 0.5}, "")
     loss, accuracy = plt.gcf().axes
@@ -169,7 +170,7 @@ def test_photos_stand_beside_their_own_answers(vgg, dataset, tmp_path, figures, 
 
 
 def test_02_shows_the_worst_mistakes_of_zero_shot(tmp_path, figures, monkeypatch, vgg, capsys):
-    """The worst mistake is not where the wrong sum is largest, but where it exceeds the right one by most: cat.1."""
+    """Sorted by how far the wrong sum exceeds the right one: cat.1 comes before cat.2, whose wrong sum is larger."""
     dataset = make_dataset(tmp_path / "data", train=1, valid=(3, 2))
     sums = np.array([[.6, .1], [.05, .45], [.44, .52], [.8, .1], [.1, .6]])  # of cats and of dogs, for 3 cats, 2 dogs
     probs = np.full((5, 1000), 2e-12)
@@ -190,6 +191,7 @@ def test_02_shows_the_worst_mistakes_of_zero_shot(tmp_path, figures, monkeypatch
 # The probability of dog for 5 cats and 97 dogs: more than 100 images, for a logarithmic axis.
 CATS, DOGS = [.3, .11, .6, .11, .9], [.13, .8, .002, .97, .42, .35, .95] + [.7] * 90
 PROBA_DOG = np.array(CATS + DOGS)
+C, D = range(5), range(5, 102)  # the numbers of their images: D[2] is that of the third dog
 RANDOM = np.random.default_rng(1)
 
 
@@ -205,13 +207,13 @@ def analysis(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, title, idx", [
-    ("correct", "Correct, at random", RANDOM.permutation([0, 1, 3, 6, 8, 11, *range(12, 102)])[:2]),
-    ("incorrect", "Incorrect, at random", RANDOM.permutation([2, 4, 5, 7, 9, 10])[:2]),
-    ("most_correct_cats", "Most correct cats, most confident first", [1, 3]),  # the same probability: in order
-    ("most_correct_dogs", "Most correct dogs, most confident first", [8, 11]),
-    ("most_incorrect_cats", "Most incorrect cats: dogs predicted as cats, most confident first", [7, 5]),
-    ("most_incorrect_dogs", "Most incorrect dogs: cats predicted as dogs, most confident first", [4, 2]),
-    ("most_uncertain", "Most uncertain", [9, 2])])
+    ("correct", "Correct, at random", RANDOM.permutation([C[0], C[1], C[3], D[1], D[3], D[6], *D[7:]])[:2]),
+    ("incorrect", "Incorrect, at random", RANDOM.permutation([C[2], C[4], D[0], D[2], D[4], D[5]])[:2]),
+    ("most_correct_cats", "Most correct cats, most confident first", [C[1], C[3]]),  # the same probability: in order
+    ("most_correct_dogs", "Most correct dogs, most confident first", [D[3], D[6]]),
+    ("most_incorrect_cats", "Most incorrect cats: dogs predicted as cats, most confident first", [D[2], D[0]]),
+    ("most_incorrect_dogs", "Most incorrect dogs: cats predicted as dogs, most confident first", [C[4], C[2]]),
+    ("most_uncertain", "Most uncertain", [D[4], C[2]])])
 def test_05_shows_what_the_title_says(analysis, name, title, idx):
     """The lecture's five views. The images are uncropped, so that a student sees what the network did not."""
     figure, proba = analysis.figures[f"05_{name}.png"], np.transpose([1 - PROBA_DOG, PROBA_DOG])

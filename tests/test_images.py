@@ -40,7 +40,7 @@ def test_a_photo_that_is_not_usable_is_named_before_any_work(tmp_path, script, n
         (tmp_path / name).write_bytes(content)
     else:
         content.save(tmp_path / name, **{"exif": b"Exif\0\0nonsense"} if name == "exif.png" else {})
-    text = message(script, "--data-dir", tmp_path / "none", "--image", PHOTO, tmp_path / name)
+    text = message(run_here, script, "--data-dir", tmp_path / "none", "--image", PHOTO, tmp_path / name)
     assert text.startswith(f"error: {tmp_path / name}: cannot be read as an image (")
     assert text.endswith("): replace it with a JPEG, or move it to another folder")
 

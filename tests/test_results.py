@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import (PHOTO, SCRIPTS, Killed, analyse, arguments, fake_results, json_of, make_dataset, message, posix,
-                      raise_, record_of, run_here)
+from conftest import (PHOTO, SCRIPTS, Killed, arguments, fake_results, json_of, make_dataset, message, posix,
+                      record_of, run_here)
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -29,9 +29,15 @@ def test_features_after_a_kill_are_those_of_an_unbroken_run(tmp_path, out, figur
     """An hour of work is kept. Here the third batch of 8 is killed."""
     options = ["--data-dir", make_dataset(tmp_path / "data", train=9), "--output-dir", out, "--epochs", 1]
     append = FeatureFile.append
+
+    def killed_after_two_batches(file, rows):
+        if file.done == 2 * 8:
+            file.file.close()
+            raise Killed
+        append(file, rows)
+
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(FeatureFile, "append", lambda file, rows: (
-            append(file, rows) if file.done < 16 else file.file.close() or raise_(Killed)))
+        patch.setattr(FeatureFile, "append", killed_after_two_batches)
         run_here("04_precompute.py", *options)
     calls = watched("support.progress")
     names = run_here("04_precompute.py", *options)
@@ -47,17 +53,17 @@ def test_05_sends_the_student_to_the_script_whose_results_are_missing(dataset, o
     """Whatever file is gone: the message has the command to run."""
     fake_results(out, dataset, PROBA_DOG, step)
     (out / f"{step}_{name}").unlink()
-    assert message("05_analysis.py", *options, "--step", step) == (
+    assert message(run_here, "05_analysis.py", *options, "--step", step) == (
         f"error: {out / f'{step}_{name}'} is missing: run python {SCRIPT_OF[step]} with the same options")
 
 
 @pytest.mark.parametrize("steps, more, chosen", [(["03"], [], "03"), (["03", "04"], [], "04"),
                                                  (["03", "04"], ["--step", "03"], "03")])
-def test_05_takes_the_results_of_04_if_there_are_any(dataset, out, figures, capsys, steps, more, chosen):
-    """Else those of 03, unless --step asks for them."""
+def test_05_takes_the_results_of_04_if_there_are_any(dataset, options, out, figures, capsys, steps, more, chosen):
+    """Without them, those of 03; --step 03 always takes those of 03."""
     for step in steps:
         fake_results(out, dataset, PROBA_DOG, step)
-    analyse(dataset, out, *more)
+    run_here("05_analysis.py", *options, *more)
     assert f"\nsummary of script {chosen}\n" in capsys.readouterr().out
 
 
@@ -65,16 +71,16 @@ def test_05_refuses_a_training_that_was_stopped(dataset, options, out):
     """There is a last layer, but there are no predictions."""
     fake_results(out, dataset, PROBA_DOG, step="03")
     save(out, {"04_unfinished_metrics.json": {"train_loss": [0.7, 0.6, 0.5]}})
-    assert message("05_analysis.py", *options) == (
+    assert message(run_here, "05_analysis.py", *options) == (
         f"error: {out / '04_unfinished_metrics.json'}: script 04 was stopped before its test (finished epochs: 3): "
         "run python 04_precompute.py with the same options")
 
 
-def test_05_says_that_its_results_are_older_than_a_training_that_was_stopped(dataset, out, figures, capsys):
+def test_05_says_that_its_results_are_older_than_a_training_that_was_stopped(dataset, options, out, figures, capsys):
     """A student tries --epochs 5000 and presses Ctrl-C: the results of the hour before are still there."""
     fake_results(out, dataset, PROBA_DOG)
     save(out, {"04_unfinished_metrics.json": {"train_loss": [0.7]}})
-    analyse(dataset, out)
+    run_here("05_analysis.py", *options)
     assert ("NOTICE: script 04 was stopped before its test (finished epochs: 1). These are the results of an earlier "
             "run.\n") in capsys.readouterr().out
 
@@ -85,9 +91,8 @@ def test_05_says_that_its_results_are_older_than_a_training_that_was_stopped(dat
     ({}, ["--weights", "untrained"], "--weights untrained: script 04 used imagenet: omit --weights")])
 def test_05_refuses_what_does_not_fit_its_results(dataset, options, out, figures, vgg, changed, more, problem):
     """Old predictions would stand under new images. Only the head, which --image uses, depends on training images."""
-    record = fake_results(out, dataset, PROBA_DOG, model=vgg)
-    fake_results(out, dataset, PROBA_DOG, model=vgg, made_from={**record, **changed})
-    assert problem in message("05_analysis.py", *options, *more)
+    fake_results(out, dataset, PROBA_DOG, model=vgg, made_from={**record_of(dataset, vgg), **changed})
+    assert problem in message(run_here, "05_analysis.py", *options, *more)
 
 
 def test_05_shows_the_zero_shot_accuracy_that_02_printed(lesson):
@@ -97,11 +102,12 @@ def test_05_shows_the_zero_shot_accuracy_that_02_printed(lesson):
 
 
 @pytest.mark.parametrize("other", ["frozen layers", "validation images"])
-def test_05_does_not_compare_with_zero_shot_on_other_images(dataset, out, figures, capsys, other):
+def test_05_does_not_compare_with_zero_shot_on_other_images_or_weights(dataset, options, out, figures, capsys, other):
     """A number of other images or weights would mislead."""
-    record = fake_results(out, dataset, PROBA_DOG)
-    save(out, {"02_zero_shot.json": {"valid_accuracy": 0.8125, "made_from": {**record, other: "others"}}})
-    analyse(dataset, out)
+    fake_results(out, dataset, PROBA_DOG)
+    made_from = {**record_of(dataset), other: "others"}
+    save(out, {"02_zero_shot.json": {"valid_accuracy": 0.8125, "made_from": made_from}})
+    run_here("05_analysis.py", *options)
     assert "zero-shot" not in capsys.readouterr().out
 
 
@@ -127,7 +133,7 @@ def test_after_a_change_of_transform_and_weights_nothing_old_is_used(after_03, m
     run_here("04_precompute.py", *after_03, *ONE_EPOCH)
     resize = transforms.Compose([transforms.Resize(256), *common.imagenet_format.transforms])
     monkeypatch.setattr(common, "imagenet_format", resize)
-    assert ": made with a different validation transform: run " in message("05_analysis.py", *after_03)
+    assert ": made with a different validation transform: run " in message(run_here, "05_analysis.py", *after_03)
     capsys.readouterr()
     run_here("04_precompute.py", *after_03, *ONE_EPOCH, "--weights", "untrained")
     printed, more = capsys.readouterr().out, "a different network and different frozen layers"
@@ -138,11 +144,12 @@ def test_after_a_change_of_transform_and_weights_nothing_old_is_used(after_03, m
     assert "once: " not in printed  # the time of 03 does not fit either
 
 
-def test_an_image_is_deleted_during_the_training(dataset, options, out, figures, monkeypatch):
+def test_an_image_deleted_during_the_training_costs_no_epoch(dataset, options, out, figures, monkeypatch):
     """The training is not lost, and what is recorded are the images that were trained on."""
     train_model, image, record = common.train_model, dataset / "valid" / "dogs" / "dog.1.jpg", record_of(dataset)
     monkeypatch.setattr(common, "train_model", lambda *args, **options: image.unlink() or train_model(*args, **options))
-    assert message("03_finetune_head.py", *options, "--epochs", 1) == f"error: {image} is missing: check the name"
+    line = message(run_here, "03_finetune_head.py", *options, "--epochs", 1)
+    assert line == f"error: {image} is missing: check the name"
     metrics = json_of(out / "03_unfinished_metrics.json")
     assert len(metrics["train_loss"]) == 1 and metrics["made_from"]["validation images"] == record["validation images"]
 
@@ -167,13 +174,10 @@ def test_each_epoch_is_saved(options, out, figures, monkeypatch, step):
 
 
 @pytest.mark.parametrize("name", SCRIPTS[1:])
-def test_folders_are_checked_before_any_work(tmp_path, monkeypatch, name):
-    """Not after hours of it. A student who starts in the middle is sent to the beginning."""
+def test_a_student_who_starts_in_the_middle_is_sent_to_the_beginning(tmp_path, name):
+    """Before any work."""
     options = ["--data-dir", tmp_path / "none", "--output-dir", tmp_path / "out"]
-    assert message(name, *options).endswith("--data-dir, or use --sample")
-    monkeypatch.setattr("tempfile.mkdtemp", lambda *args, **options: raise_(PermissionError(13, "Permission denied")))
-    text = message(name, *options)
-    assert f"{tmp_path / 'out'}: cannot be written (Permission denied): check its permissions" in text
+    assert message(run_here, name, *options).endswith("--data-dir, or use --sample")
 
 
 @pytest.mark.parametrize("name", SCRIPTS[1:4])
@@ -181,7 +185,7 @@ def test_without_network_the_sample_continues_and_a_full_run_stops(options, out,
     """The first try of the course needs no network; hours with random weights would be lost."""
     monkeypatch.setattr(common, "IMAGENET_FILE", out / "none.pth")
     few = [] if name == "02_vgg_imagenet.py" else ["--epochs", 1]
-    assert message(name, *options).endswith(", or use --weights FILE or --weights untrained")
+    assert message(run_here, name, *options).endswith(", or use --weights FILE or --weights untrained")
     run_here(name, "--sample", "--output-dir", out, *few)
     printed = capsys.readouterr().out
     assert "\nNOTICE: untrained weights." in printed and " weights=untrained" in printed
@@ -189,7 +193,7 @@ def test_without_network_the_sample_continues_and_a_full_run_stops(options, out,
 
 @posix
 def test_ctrl_c_keeps_the_part_file_and_leaves_no_workers(tmp_path, out):
-    """One line, and the next run resumes. The signal goes to the whole process group, as from a terminal."""
+    """One line. The signal goes to the whole process group, as from a terminal."""
     dataset, two_batches = make_dataset(tmp_path / "data", train=100, valid=1), 2 * 8 * 512 * 49 * 4
     script_04 = arguments("04_precompute.py", ["--data-dir", dataset, "--output-dir", out, "--num-workers", 2])
     with subprocess.Popen([sys.executable, *script_04], stdout=-1, stderr=-1, text=True, start_new_session=True,
@@ -205,7 +209,7 @@ def test_ctrl_c_keeps_the_part_file_and_leaves_no_workers(tmp_path, out):
 
 
 @posix
-def test_a_console_that_cannot_print_a_path(tmp_path, out, figures, monkeypatch):
+def test_a_path_that_the_console_cannot_print_is_escaped(tmp_path, out, figures, monkeypatch):
     """A user named Müller."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     run_here("01_data.py", "--data-dir", make_dataset(tmp_path / "M\u00fcller \u732b"), "--output-dir", out)
@@ -214,7 +218,7 @@ def test_a_console_that_cannot_print_a_path(tmp_path, out, figures, monkeypatch)
 
 @posix
 @pytest.mark.parametrize("unbuffered", [False, True])  # True: with PYTHONUNBUFFERED=1, as in Docker
-def test_a_console_that_is_closed(options, figures, monkeypatch, capfd, unbuffered):
+def test_a_closed_console_ends_the_run_quietly(options, figures, monkeypatch, capfd, unbuffered):
     """Output that is piped into head: no traceback, and the status of a program that a closed pipe has ended."""
     read, write = os.pipe()
     os.close(read)
@@ -222,5 +226,5 @@ def test_a_console_that_is_closed(options, figures, monkeypatch, capfd, unbuffer
     pipe = io.TextIOWrapper(raw if unbuffered else io.BufferedWriter(raw), write_through=unbuffered)
     with pipe, pytest.raises(SystemExit, match="141"):
         monkeypatch.setattr(sys, "stdout", pipe)
-        message("01_data.py", *options)
+        message(run_here, "01_data.py", *options)
     assert capfd.readouterr().err == ""

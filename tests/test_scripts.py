@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import (PHOTO, ROOT, SCRIPTS, VALID, analyse, arguments, fake_results, json_of, make_dataset,
+from conftest import (PHOTO, ROOT, SCRIPTS, VALID, arguments, fake_results, json_of, make_dataset,
                       message, not_painted, outputs_of, run_here, save_weights, see)
 from PIL import Image
 from torch import nn
@@ -87,6 +87,8 @@ def test_01_is_plain_torchvision(photos, tmp_path, figures, workers):
     assert torch.equal(names["inputs"], train)
 
 
+# 03 reads the images 3 times to train and once to test. 04 reads a first batch and both sets, then the features 3 times
+# to train, 3 times to test after an epoch, and once to test at the end.
 @pytest.mark.parametrize("name, more, n_frozen, passes_of_images, passes_of_features", [
     ("03_finetune_head.py", [], 0, 4, 0), ("04_precompute.py", ["--layer", "conv"], 31, 3, 7),
     ("04_precompute.py", ["--layer", "fc7"], 39, 3, 7)])
@@ -131,7 +133,7 @@ def test_04_tests_after_each_epoch(lesson):
     """A picture of overfitting."""
     metrics = json_of(lesson.folder / "04_metrics.json")
     for name in ["valid_loss", "valid_accuracy"]:
-        assert len(metrics[f"{name}_per_epoch"]) == 3 and metrics[f"{name}_per_epoch"][-1] == metrics[name]
+        assert metrics[f"{name}_per_epoch"][-1] == metrics[name]
 
 
 @pytest.mark.parametrize("on_images, verdict", [
@@ -197,7 +199,7 @@ def test_all_that_untrained_weights_give_is_marked(untrained):
         assert "\nNOTICE: untrained weights. VGG16 is random" in printed
         assert "\nDone (untrained weights). Next" in printed
     assert "\nsummary of script 04, untrained weights\n" in untrained.printed["05_analysis.py"]
-    assert [name for name, figure in untrained.figures.items() if not is_marked(figure)] == []
+    assert untrained.figures and all(map(is_marked, untrained.figures.values()))
 
 
 def test_nothing_that_a_students_own_weights_give_is_marked(vgg_file, options, figures, capsys):
@@ -206,7 +208,7 @@ def test_nothing_that_a_students_own_weights_give_is_marked(vgg_file, options, f
     run_here("05_analysis.py", *options, "--image", PHOTO)
     printed = capsys.readouterr().out
     assert printed.count(f" weights={vgg_file} ") == 2 and "untrained" not in printed
-    assert [name for name, figure in figures.items() if is_marked(figure)] == []
+    assert figures and not any(map(is_marked, figures.values()))
 
 
 # ------------------------------------------------------------------------------------------------ beyond the lecture
@@ -226,18 +228,18 @@ def test_the_submission_is_what_kaggle_expects(tmp_path, vgg, figures, workers, 
     fake_results(tmp_path, dataset, [0.1, 0.9], model=vgg)
     calls = watched("support.progress")
     workers.clear()
-    analyse(dataset, tmp_path, "--submission", "--num-workers", 1)
+    run_here("05_analysis.py", "--data-dir", dataset, "--output-dir", tmp_path, "--submission", "--num-workers", 1)
     header, *rows = (tmp_path / "submission.csv").read_text().splitlines()
     ids, probabilities = zip(*(row.split(",") for row in rows), strict=True)
     assert (header, ids) == ("id,label", ("1", "2", "3", "10"))
     assert np.allclose(np.array(probabilities, float), dog.clip(0.005, 0.995), atol=1e-3)
-    assert workers == [1, 1] and calls == [(1, 4, "images")]  # also for a batch that 05 knows the answers of
+    assert workers == [1, 1] and calls == [(1, 4, "images")]  # 05 first checks its last layer on validation images
 
 
-def test_a_submission_needs_the_unlabeled_images(dataset, tmp_path, vgg, figures):
+def test_a_submission_needs_the_unlabeled_images(dataset, options, out, vgg, figures):
     """The sample has none."""
-    fake_results(tmp_path, dataset, [0.1, 0.9, 0.1, 0.9], model=vgg)
-    assert message(analyse, dataset, tmp_path, "--submission") == (
+    fake_results(out, dataset, [0.1, 0.9, 0.1, 0.9], model=vgg)
+    assert message(run_here, "05_analysis.py", *options, "--submission") == (
         f"error: {dataset / 'test1'}: contains no numbered images: omit --sample, and use Kaggle's or the "
         "lecture's files")
 
@@ -249,8 +251,7 @@ def test_a_submission_needs_the_unlabeled_images(dataset, tmp_path, vgg, figures
     ("03_finetune_head.py", """
         optimizer_vgg = torch.optim.SGD(model_vgg.classifier[6].parameters(), lr=lr)
         train_model(model_vgg, loader_train, size=dset_sizes['train'], epochs=1, optimizer=optimizer_vgg)
-        predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes['valid'])
-        assert predictions.shape == (8,) and list(all_classes) == [0] * 4 + [1] * 4"""),
+        predictions, all_proba, all_classes = test_model(model_vgg, loader_valid, size=dset_sizes['valid'])"""),
     ("04_precompute.py", """
         in_order = conv_feat_train
         conv_feat_train, labels_train = preconvfeat(loader_train)
@@ -281,7 +282,7 @@ def test_the_prompt_is_kept_after_ctrl_c(tmp_path):
 
 
 @pytest.mark.slow
-def test_03_with_the_real_vgg16_gives_the_numbers_of_the_lecture(vgg_file, tmp_path, figures, monkeypatch, capsys):
+def test_the_real_vgg16_has_the_lectures_numbers_of_parameters(vgg_file, tmp_path, figures, monkeypatch, capsys):
     """All other tests use a small VGG16, and its small file."""
     dataset = make_dataset(tmp_path, train=1, valid=1)
     with small_vgg.real():

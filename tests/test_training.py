@@ -81,6 +81,10 @@ def test_results_of_the_test_are_in_order_and_its_loss_is_finite(capsys, watched
     loss, accuracy = -np.log(of_true_class).mean(), np.mean(of_true_class > 0.5)
     assert of_true_class.min() == TINY and common.log_loss(all_proba, all_classes) == pytest.approx(loss)
     assert capsys.readouterr().out == f"test on 37 images  loss {loss:.4f}  accuracy {accuracy:.4f}\n"
+
+
+def test_the_loss_of_a_probability_of_0_is_finite():
+    """JSON has no infinity."""
     assert common.log_loss(np.array([[1, 0]]), np.array([1])) == pytest.approx(-np.log(TINY))
 
 
@@ -93,7 +97,7 @@ def test_outputs_without_a_softmax_are_understood():
     assert torch.allclose(common.to_log_proba(expected.float()), expected, atol=1e-6)
 
 
-def test_outputs_that_are_no_numbers_end_the_run():
+def test_outputs_that_are_not_numbers_end_the_run():
     """Instead of an accuracy of 50%."""
     assert message(common.to_log_proba, torch.tensor([[torch.nan, 0.0]])) == (
         "error: the network's outputs are NaN (not a number): use a smaller --lr, or different weights")
@@ -112,7 +116,7 @@ def save_results(folder, *results):
     common.save_results(args, "04", Namespace(classifier=[*"012345", layer]), {"x": "y"}, HISTORY, *results)
 
 
-def test_saving_after_an_epoch_takes_no_time_and_no_line(tmp_path, capsys, monkeypatch):
+def test_saving_after_an_epoch_does_not_wait_for_the_disk_and_prints_nothing(tmp_path, capsys, monkeypatch):
     """The last layer is there if a run is stopped after two of fifty epochs."""
     monkeypatch.setattr("os.fsync", lambda file: raise_(AssertionError))
     save_results(tmp_path)
@@ -140,5 +144,5 @@ def test_a_test_model_that_returns_logarithms_loses_no_training(options, out, fi
     monkeypatch.setattr(common, "test_model", lambda model, loader, size: (
         np.zeros(size), np.full((size, 2), np.log(0.5)), np.zeros(size)))
     edits = {", after_epoch=after_epoch": ""}
-    line = message(lambda: run_here("04_precompute.py", *options, "--epochs", 1, edits=edits))
+    line = message(run_here, "04_precompute.py", *options, "--epochs", 1, edits=edits)
     assert "put outputs.exp() in all_proba" in line and (out / "04_unfinished_head.pt").exists()
