@@ -8,7 +8,7 @@ import zlib
 from pathlib import PureWindowsPath
 
 from support.download import download
-from support.errors import UserError, on_error
+from support.errors import UserError
 from support.files import MIB, replace, temporary_folder
 from support.images import dataset_near, numbered_images
 from support.progress import progress
@@ -34,7 +34,8 @@ def unpack(archive, folder):
                     raise UserError(f"{archive}: {member.name!r} is not a file of the dataset: move the archive away")
                 member.name = "/".join(path.parts[1:])  # without the leading dogscats/
                 tar.extract(member, folder)
-            stream.read()  # to the end, where gzip verifies its checksum
+            while stream.read(MIB):  # to the end, where gzip verifies its checksum
+                pass
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{archive}: incomplete or damaged ({error}): move it away and run this again") from error
 
@@ -60,13 +61,14 @@ def from_kaggle(source, folder):
 
 
 def get_dataset(data_dir, kaggle):
-    """Make sure that data_dir contains the dataset; never download or overwrite what is already there. A new dataset is
+    """Make sure that data_dir, or a folder near it, contains the dataset; never overwrite anything. A new dataset is
     made in a temporary folder beside data_dir, and moved when it is complete. Raises UserError if this fails."""
     near = dataset_near(data_dir)
     if near and not kaggle:
-        return  # if it is another folder, check_folders says so
-    if near == data_dir:
-        raise UserError(f"--from-kaggle: {data_dir} contains a dataset: omit --from-kaggle, or use another --data-dir")
+        return  # if it is near, but not data_dir, check_folders says so
+    if near:
+        raise UserError(f"--from-kaggle: {near} contains a dataset: omit --from-kaggle and use --data-dir {near}, or "
+                        "use a different --data-dir")
     if os.path.ismount(data_dir) or (data_dir.exists() and any(data_dir.iterdir())):
         sources = [place for place in [data_dir, data_dir.parent]
                    if any(os.path.exists(place / x) for x in ["train/cat.0.jpg", "PetImages/Cat", "Cat"])]
@@ -90,12 +92,15 @@ def get_dataset(data_dir, kaggle):
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{data_dir}: the disk is full: free {UNPACKED:,} bytes or change --data-dir") from error
         raise
-    if not (data_dir / "valid").is_dir():  # otherwise another run has created it already
-        with on_error(folder, f"is the complete dataset; move it to {data_dir} yourself, as it cannot be moved now"):
-            if data_dir.exists():  # empty: fill it, as it may be the current folder
-                for name in sorted(os.listdir(folder)):
-                    replace(folder / name, data_dir / name)
-            else:
-                replace(folder, data_dir)
+    try:
+        if data_dir.exists():  # empty: fill it, as it may be the current folder
+            for name in sorted(os.listdir(folder)):
+                replace(folder / name, data_dir / name)
+        else:
+            replace(folder, data_dir)
+    except OSError as error:
+        if not (data_dir / "valid").is_dir():  # otherwise another run has created it already
+            raise UserError(f"{folder} contains the complete dataset, but cannot be moved to {data_dir} "
+                            f"({error.strerror}): close the programs that use it, and move it yourself") from error
     shutil.rmtree(folder.parent, ignore_errors=True)
     print(f"created {data_dir}" + ("" if kaggle else f"; {archive} is no longer needed and can be deleted"))

@@ -68,7 +68,8 @@ def download(urls, path, size, algorithm, digest, n_bytes=None, room=0):
         with contextlib.suppress(OSError):  # some disks do not report it, or report 0
             free = shutil.disk_usage(path.parent).free
         if 0 < free < needed:
-            raise UserError(f"{path.parent}: needs about {needed:,} bytes, but only {free:,} are free: free some space")
+            raise UserError(f"{path.parent}: needs about {needed:,} bytes, but only {free:,} are free: free some "
+                            "space, or choose another folder")
         part.touch()  # before the download, as the folder may be read-only
     print(f"downloading {size:,} bytes to {path}" + (f", resuming after the first {done:,}" if done else ""))
     failures = []

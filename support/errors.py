@@ -5,30 +5,35 @@ import multiprocessing
 import os
 import sys
 
-# What to do about an error, and the parts of its type, its error code or its message by which it is recognized.
+# What to do about an error, and the parts of its type, its code or its message by which it is recognized.
 REMEDIES = {
-    "close other programs, or add --num-workers 0": ["new thread", "BlockingIOError", "EMFILE", "ENFILE", "ENOMEM"],
-    "free some space, or choose another folder": ["ENOSPC", "EDQUOT"],
+    "close other programs, or add --num-workers 0": [
+        "new thread", "BlockingIOError", "[EMFILE]", "[ENFILE]", "[ENOMEM]"],
+    "free some space, or choose another folder": ["[ENOSPC]", "[EDQUOT]"],
     "check its permissions, close it if it is open in another Python or notebook, or choose another folder": [
         "PermissionError"],
-    "check the disk or the network drive, and run this script again": ["EIO", "ESTALE", "ENOTCONN", "TimeoutError"],
-    "out of memory: close other programs, add --num-workers 0, use a smaller --batch-size (in 03 and 04), or add "
-    "--device cpu (if a GPU is used)": [
+    "check the disk or the network drive, and run this script again": [
+        "[EIO]", "[ESTALE]", "[ENOTCONN]", "[ETIMEDOUT]", "[ECONNABORTED]"],
+    "close other programs, add --num-workers 0, use a smaller --batch-size (in 03 and 04), or add --device cpu (if a "
+    "GPU is used)": [
         "MemoryError", "out of memory", "enough memory", "llocate memory", "nable to allocate", "Invalid buffer size",
         "</torch_"],  # a file in shared memory, by which a worker process passes on a batch
     "a worker process died (too little memory, or a function that it cannot import?): add --num-workers 0": [
-        "DataLoader worker (pid", "BrokenPipeError", "ConnectionResetError", "ConnectionRefused", "ConnectionAborted"],
+        "DataLoader worker (pid", "BrokenPipeError", "ConnectionResetError", "ConnectionRefusedError"],
     "add --num-workers 0, or use a function with a name, at the top of the file, instead of a lambda": [
         "PicklingError", "Can't pickle", "cannot pickle"],
     # after an edit
     "add a crop to the transform, such as transforms.CenterCrop(224)": ["stack expects each tensor to be equal size"],
-    "add transforms.ToTensor() to the transform, before Normalize": ["PIL.Image.Image", "'Image' object has no"],
+    "add transforms.ToTensor() to the transform, before Normalize": [
+        "PIL.Image.Image", "'Image' object has no attribute 'cpu'"],
     "use transforms.ToTensor(), not PILToTensor": ["should be a float tensor"],
     "use a larger crop, such as CenterCrop(224)": ["Output size is too small", "Kernel size can't be greater"],
     "the 2 of nn.Linear(4096, 2) must be the number of CLASSES": ["is out of bounds."],
-    "use a network like models.vgg13, with features and classifier": ["attribute 'features'", "attribute 'classifier'"],
+    "use a network with features, avgpool and classifier, such as models.vgg13": [
+        "object has no attribute 'features'", "object has no attribute 'classifier'"],
     "your train_model does not take criterion and after_epoch: remove both from its call": ["argument 'criterion'"],
-    "paste the lecture's functions into the script, after criterion = ...": ["name 'device'", "name 'criterion'"],
+    "paste the lecture's functions into the script, after criterion = ...": [
+        "name 'device' is not defined", "name 'criterion' is not defined"],
 }
 
 
@@ -39,11 +44,17 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
+def summary(error):
+    """Return the type of an error, and the line of its message that says what is wrong."""
+    text = f"{type(error).__name__}: {str(error).strip()}".removesuffix(": ")
+    return text.splitlines()[-1 if "Traceback" in text else 0]  # a DataLoader passes on an error with its traceback
+
+
 def remedy(error):
     """Return what to do about an error, or None if it is a bug."""
-    text = f"{type(error).__name__}: {error}"
+    text = summary(error)
     if isinstance(error, OSError):  # its message, in the user's language, may also contain the name of a file
-        text = f"{type(error).__name__} {errno.errorcode.get(error.errno)}"
+        text = f"{type(error).__name__} [{errno.errorcode.get(error.errno)}]"
     for advice, signs in REMEDIES.items():
         if any(sign in text for sign in signs):
             return advice
@@ -64,7 +75,6 @@ def on_error(path, problem="cannot be written", advice="fix this, or choose anot
             if error.errno == errno.ENOENT and problem != "cannot be written":
                 raise UserError(f"{path} is missing: {advice}") from error
             problem = problem if "cannot" in problem else "cannot be read"
-            path = error.filename2 or path  # the target of a rename
             reason = error.strerror
             advice = advice if error.errno == errno.ENOENT else remedy(error)
         raise UserError(f"{path}: {problem} ({reason}): {advice}") from error
@@ -72,13 +82,13 @@ def on_error(path, problem="cannot be written", advice="fix this, or choose anot
 
 def one_line(error):
     """Return one line that tells the user what to do about an error, or None if the error is a bug."""
-    text = f"{type(error).__name__}: {error}".strip(": \n")
     if isinstance(error, UserError):
         # a DataLoader passes on an error of a worker as a long text that ends with "UserError: " and the message
-        return " ".join(text.rpartition("UserError: ")[2].splitlines())
-    line = text.splitlines()[-1 if "Traceback" in text else 0]  # the last one, if a DataLoader passes on an error
-    advice = remedy(error)
-    return f"{line[:120]}: {advice}" if advice else None
+        return " ".join(str(error).rpartition("UserError: ")[2].splitlines())
+    line, advice = summary(error), remedy(error)
+    if not isinstance(error, OSError):  # which ends with the name of its file
+        line = line[:120]
+    return f"{line}: {advice}" if advice else None
 
 
 def report(kind, error, traceback):

@@ -35,8 +35,9 @@ class FeatureFile:
                 self.part = part
             else:
                 print(f"{part.name} removed: " + (f"it was started with {changed}" if changed else "not needed now"))
-                part.unlink(missing_ok=True)
-                json.unlink(missing_ok=True)
+                with on_error(part, "cannot be removed"):
+                    part.unlink(missing_ok=True)
+                    json.unlink(missing_ok=True)
         if complete:
             print(f"{path.name}: already computed from the same images, layers, transform and precision")
             return
@@ -68,7 +69,7 @@ class FeatureFile:
         """Give the complete file its name, and return its rows."""
         if self.part:
             (start, first), (end, last) = self.times[0], self.times[-1]  # the first batch includes the start of workers
-            speed = (last - first) / (end - start) if last > first else None
+            speed = (last - first) / (end - start) if end > start else None
             # This order ensures that features never lie beside a wrong record, even if the run is killed.
             with on_error(self.path, advice="is another run writing here? Wait for it, then run this script again"):
                 self.file.truncate()

@@ -22,7 +22,8 @@ def absolute_path(text):
     path = Path(os.path.expanduser(text)).absolute()
     for place in [path, *path.parents]:
         if place.is_symlink() and not os.path.exists(place):
-            raise UserError(f"{place}: a broken link to {os.path.realpath(place)}: connect that disk, or create it")
+            raise UserError(f"{place}: a broken link to {os.path.realpath(place)}: connect that disk, or "
+                            "create that folder")
     return path.resolve()
 
 
@@ -36,7 +37,8 @@ def replace(source, target):
 
 
 def temporary_folder(parent):
-    """Create a folder in `parent` for this run, and remove those that killed runs left behind. Raises UserError."""
+    """Create a folder in `parent` for this run, and remove those that killed runs left behind: those unchanged for an
+    hour. Raises UserError if `parent` cannot be written."""
     with on_error(parent):
         parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".part-", dir=parent))
@@ -69,16 +71,18 @@ def save(folder, files, quiet=False, fsync=True):
     of several files marks the set as complete: its old copy is removed first, and the new one is written last."""
     parts = temporary_folder(folder)
     try:
-        with on_error(folder):
-            for name, content in files.items():
-                with open(parts / name, "wb") as file:
-                    file.write(encode(name, content))
-                    file.flush()
-                    if fsync:  # wait until it is on the disk
-                        os.fsync(file.fileno())
+        for name, content in files.items():
+            with on_error(folder / name), open(parts / name, "wb") as file:
+                file.write(encode(name, content))
+                file.flush()
+                if fsync:  # wait until it is on the disk
+                    os.fsync(file.fileno())
+        last = folder / list(files)[-1]
+        with on_error(last):
             if len(files) > 1:
-                (folder / list(files)[-1]).unlink(missing_ok=True)
-            for name in files:
+                last.unlink(missing_ok=True)
+        for name in files:
+            with on_error(folder / name):
                 replace(parts / name, folder / name)
     finally:
         shutil.rmtree(parts, ignore_errors=True)

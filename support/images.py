@@ -32,7 +32,7 @@ def load_image(path, rotate=False):
 def photo(text):
     """Return the path of a photo that can be read. A type for argparse. Raises UserError if it cannot."""
     if not os.path.isfile(text):
-        raise UserError(f"--image: there is no file {text}: give the full names of photos on this computer")
+        raise UserError(f"--image: {text} is not a file on this computer: give the name of each photo")
     load_image(text, rotate=True)
     return text
 
@@ -63,8 +63,9 @@ def check_folders(data_dir, classes):
     for folder in [data_dir / "train", data_dir / "valid"]:
         files = {place.name: os.listdir(place) for place in folder.iterdir() if place.is_dir()}
         if sorted(files) != classes:
-            raise UserError(f"{folder}: contains {sorted(files)} instead of {classes}: move the others elsewhere, use "
-                            "a different --data-dir, or edit CLASSES in common.py (in alphabetical order)")
+            raise UserError(f"{folder}: contains {sorted(files)} instead of {classes}: add what is missing and move "
+                            "the others elsewhere, use a different --data-dir, or edit CLASSES in common.py (in "
+                            "alphabetical order)")
         for name in classes:
             if not any(map(is_image_file, files[name])):
                 endings = sorted({os.path.splitext(file)[1] or "none" for file in files[name]})[:5]
@@ -106,7 +107,7 @@ def check_images(data_dir, remember):
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not open the other images
     if problems:
         print(*problems[:20], sep="\n", file=sys.stderr)
-        raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read (20 at most are "
+        raise UserError(f"{data_dir}: {len(problems):,} of {len(images):,} images cannot be read (at most 20 are "
                         "listed): replace or move them, then run python 01_data.py again (omit --from-kaggle)")
     if remember:
         with contextlib.suppress(OSError):  # a dataset on a read-only disk is checked every time

@@ -27,7 +27,8 @@ def file_sizes(dset):
     sizes = {path: os.stat(path).st_size for path, _ in dset.samples}
     empty = [Path(path).relative_to(dset.root).as_posix() for path in sizes if sizes[path] == 0]
     if empty:
-        raise UserError(f"{dset.root}: {len(empty)} empty files, e.g. {', '.join(empty[:20])}: replace or remove them")
+        raise UserError(f"{dset.root}: {len(empty)} empty files (at most 20 are listed): {', '.join(empty[:20])}: "
+                        "replace or remove them")
     return sizes
 
 

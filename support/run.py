@@ -3,6 +3,7 @@ import contextlib
 import multiprocessing.connection
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -24,7 +25,8 @@ warnings.filterwarnings("ignore", "Glyph .* missing")  # harmless: a file name i
 
 
 def start_run(parser):
-    """Parse the command line, choose folders, set up figures, try what the run will need later. Return the options."""
+    """Parse the command line, choose the folders, set up the figures, and try what the run will need later. Return the
+    options. Raises UserError."""
     program, *options = map(str, sys.argv or [""])
     # A notebook or an editor has a command line of its own (ipykernel_launcher.py -f x.json, or an empty name). A link
     # to a script may have any name, and "-" means that Python reads the script from its standard input.
@@ -53,15 +55,16 @@ def start_run(parser):
 
 
 def try_workers(args):
-    """Try the lock and the socket that worker processes need. Where they are not allowed, load images without them."""
+    """Try the lock and the socket that worker processes need, and that some clusters and containers do not allow. Load
+    the images without worker processes there."""
     if args.num_workers == 0:
         return
     try:
         multiprocessing.Lock()
         multiprocessing.connection.Listener().close()
     except Exception as error:
-        print(f"NOTICE: worker processes cannot be used here ({error}): --num-workers 0 is used. If a path is too "
-              "long, set TMPDIR to a short one on a local disk")
+        print(f"NOTICE: worker processes cannot be used here ({error}; temporary folder: {tempfile.gettempdir()}): "
+              "--num-workers 0 is used. If a path is too long, set TMPDIR to a short one on a local disk")
         args.num_workers = 0
 
 

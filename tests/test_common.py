@@ -226,4 +226,5 @@ def test_empty_files_are_named(dataset):
     for name in names:
         (dataset / "valid" / name).touch()
     assert message(load_data, dataset) == (
-        f"error: {dataset / 'valid'}: 25 empty files, e.g. {', '.join(names[:20])}: replace or remove them")
+        f"error: {dataset / 'valid'}: 25 empty files (at most 20 are listed): {', '.join(names[:20])}: "
+        "replace or remove them")

@@ -121,7 +121,7 @@ def test_too_little_space_is_noticed_before_the_download(tmp_path, monkeypatch, 
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
     (tmp_path / "dogscats.tgz.part").write_bytes(ARCHIVE[:done])
     assert fails(tmp_path) == (f"error: {tmp_path}: needs about {needed:,} bytes, but only {needed - 1:,} are free: "
-                               "free some space")
+                               "free some space, or choose another folder")
 
 
 @posix
@@ -198,15 +198,27 @@ def test_a_dataset_that_cannot_be_moved_is_kept(tmp_path, archive, monkeypatch):
     monkeypatch.setattr(data, "replace", lambda *paths: raise_(PermissionError(13, "Access is denied")))
     text = message(data.get_dataset, tmp_path / "dogscats", None)
     folder = next(tmp_path.glob(".part-*")) / "dogscats"
-    assert text.startswith(f"error: {folder}: is the complete dataset; move it to {tmp_path / 'dogscats'} yourself, as "
-                           "it cannot be moved now (Access is denied): check its permissions, close it if it is open")
+    assert text == (f"error: {folder} contains the complete dataset, but cannot be moved to {tmp_path / 'dogscats'} "
+                    "(Access is denied): close the programs that use it, and move it yourself")
     assert len(list(folder.rglob("*.jpg"))) == sum(COUNTS.values())
+
+
+def test_the_slower_of_two_runs_ends_as_usual(tmp_path, archive, monkeypatch, capsys):
+    """The other has just moved the dataset to its place."""
+    def as_after_the_other_run(source, target):
+        (target / "valid").mkdir(parents=True)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", source, None, target)
+
+    monkeypatch.setattr(data, "replace", as_after_the_other_run)
+    data.get_dataset(tmp_path / "dogscats", None)
+    assert capsys.readouterr().out.startswith(f"created {tmp_path / 'dogscats'}; ")
+    assert {*os.listdir(tmp_path)} == {"dogscats", "dogscats.tgz"}
 
 
 @pytest.mark.parametrize("inside, kaggle, mounted, says", [
     (["thesis"], None, False, "is not empty or cannot be replaced: use a new folder, such as --data-dir "),
     ([], None, True, "is not empty or cannot be replaced: use a new folder, such as --data-dir "),
-    (["train", "valid"], SAMPLE, False, "contains a dataset: omit --from-kaggle, or use another --data-dir"),
+    (["train", "valid"], SAMPLE, False, "contains a dataset: omit --from-kaggle and use --data-dir "),
     (["x", "x/train", "x/valid"], None, False, "does not contain train and valid: use --data-dir ")])
 def test_what_cannot_work_is_refused_before_the_download(tmp_path, inside, kaggle, mounted, says):
     """After 839 MB, it is too late. A wrong --data-dir must not cost a student any file."""

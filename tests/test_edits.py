@@ -101,6 +101,15 @@ def test_a_network_of_ones_own_is_not_taken_for_model_vgg(options, figures):
     assert "04_head.pt: does not give the predictions of script 04, which trained a different network: train" in line
 
 
+def test_a_random_transform_is_not_taken_for_another_network(out, figures, monkeypatch, capsys):
+    """The saved predictions are those of other random crops."""
+    options, crop = ["--sample", "--output-dir", out], transforms.RandomResizedCrop(224, scale=(0.01, 1))
+    monkeypatch.setattr(common, "imagenet_format", transforms.Compose([crop, *STEPS[1:]]))
+    run_here(PRECOMPUTE, *options, "--layer", "fc7", "--epochs", 100, "--lr", 1)
+    run_here(ANALYSIS, *options, "--n-view", 1, "--image", PHOTO)
+    assert f"\n  {PHOTO}:\n" in capsys.readouterr().out
+
+
 def test_another_crop_is_pooled_as_in_the_network(options, figures, monkeypatch):
     """avgpool, which changes nothing at 224 pixels, makes 7 x 7 of all sizes."""
     monkeypatch.setattr(common, "imagenet_format", transforms.Compose([transforms.CenterCrop(256), *STEPS[1:]]))

@@ -25,7 +25,8 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path, link):
     (tmp_path / link).parent.mkdir(exist_ok=True)
     (tmp_path / link).symlink_to(tmp_path / "disk")
     line = message(absolute_path, tmp_path / "data" / "dogscats")
-    assert line == f"error: {tmp_path / link}: a broken link to {tmp_path / 'disk'}: connect that disk, or create it"
+    assert line == (
+        f"error: {tmp_path / link}: a broken link to {tmp_path / 'disk'}: connect that disk, or create that folder")
     (tmp_path / "disk").mkdir()
     assert absolute_path(tmp_path / link) == tmp_path / "disk"
 
@@ -64,7 +65,7 @@ def test_if_a_file_cannot_be_written_the_others_stay(tmp_path, monkeypatch, call
     save(tmp_path, FILES)
     monkeypatch.setattr(os, call, lambda *args: raise_(OSError(errno.ENOSPC, "No space left on device")))
     line = message(save, tmp_path, FILES)
-    assert f"{tmp_path}: cannot be written (No space left on device): free some space" in line
+    assert f"{tmp_path / 'a.npy'}: cannot be written (No space left on device): free some space" in line
     assert sorted(os.listdir(tmp_path)) == left
 
 

@@ -50,12 +50,12 @@ def test_what_is_no_photo_is_named(tmp_path, monkeypatch, text):
     """A web address, a folder, a name that this terminal does not expand, a typing error."""
     monkeypatch.chdir(tmp_path)
     assert message(photo, text) == (
-        f"error: --image: there is no file {text}: give the full names of photos on this computer")
+        f"error: --image: {text} is not a file on this computer: give the name of each photo")
 
 
 @pytest.mark.parametrize("change, place, problem", [
     (lambda train: (train / ".ipynb_checkpoints").mkdir(), "",
-     "contains ['.ipynb_checkpoints', 'cats', 'dogs'] instead of ['cats', 'dogs']: move the others elsewhere, use "),
+     "contains ['.ipynb_checkpoints', 'cats', 'dogs'] instead of ['cats', 'dogs']: add what is missing and "),
     (lambda train: (train / "cats").rename(train / "x"), "", "or edit CLASSES in common.py (in alphabetical order)"),
     (lambda train: [path.rename(path.with_suffix(".HEIC")) for path in sorted(train.glob("dogs/*"))], "dogs",
      "none of the 2 files is an image (endings found: ['.HEIC']; used: .jpg, "),
@@ -120,7 +120,7 @@ def test_images_that_cannot_be_read_are_listed_before_hours_are_spent(dataset, o
     bad[0].with_suffix(".heic").touch()
     for path in bad:
         path.write_bytes(PHOTO.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r": 22 of 32 images cannot be read \(20 at most are listed\): replace"):
+    with pytest.raises(UserError, match=r": 22 of 32 images cannot be read \(at most 20 are listed\): replace"):
         run_here("01_data.py", *options)
     out, err = capsys.readouterr()
     assert [line.partition(": cannot be read as an image")[0] for line in err.splitlines()] == [*map(str, bad[:20])]

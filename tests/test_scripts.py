@@ -233,7 +233,7 @@ def test_the_submission_is_what_kaggle_expects(tmp_path, vgg, figures, workers, 
     ids, probabilities = zip(*(row.split(",") for row in rows), strict=True)
     assert (header, ids) == ("id,label", ("1", "2", "3", "10"))
     assert np.allclose(np.array(probabilities, float), dog.clip(0.005, 0.995), atol=1e-3)
-    assert workers == [1, 1] and calls == [(1, 4, "images")]  # 05 first checks its last layer on validation images
+    assert workers == [1, 1, 1] and calls == [(1, 4, "images")]  # 05 first checks its last layer on validation images
 
 
 def test_a_submission_needs_the_unlabeled_images(dataset, options, out, vgg, figures):
