@@ -13,7 +13,7 @@ REMEDIES = {
     "check its permissions, close it if it is open in another Python or notebook, or choose another folder": [
         "PermissionError"],
     "check the disk or the network drive, and run this script again": [
-        "[EIO]", "[ESTALE]", "[ENOTCONN]", "[ETIMEDOUT]", "[ECONNABORTED]"],
+        "[EIO]", "[ESTALE]", "[ENOTCONN]", "TimeoutError", "ConnectionAbortedError"],
     "close other programs, add --num-workers 0, use a smaller --batch-size (in 03 and 04), or add --device cpu (if a "
     "GPU is used)": [
         "MemoryError", "out of memory", "enough memory", "llocate memory", "nable to allocate", "Invalid buffer size",
