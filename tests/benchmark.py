@@ -47,7 +47,8 @@ N_FEATURES = 1024
 DEVICE = common.get_device("auto")
 N_IMAGES = 64 if DEVICE.type == "cpu" else 2048  # a batch of the lecture; a GPU needs more, to be kept busy
 # Elsewhere --bf16 is several times slower, and these rows would take an hour.
-BF16 = ["bf16"] if DEVICE.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else []
+HAS_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # a private function: see common.py
+BF16 = ["bf16"] if DEVICE.type == "cuda" or HAS_BF16 else []
 
 
 def make_images(folder, n):
