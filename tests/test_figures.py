@@ -169,7 +169,13 @@ def test_photos_stand_beside_their_own_answers(vgg, dataset, tmp_path, figures, 
         assert right.get_xlim() == (0, 1.15) and labels(right) == ("probability", "", "")
 
 
-def test_02_shows_the_worst_mistakes_of_zero_shot(tmp_path, figures, monkeypatch, vgg, capsys):
+def test_all_photos_are_shown_however_they_are_given(lesson):
+    """After one --image (05), or each after its own (02)."""
+    for name in ["02_images.png", "05_images.png"]:
+        assert [axes.get_title() for axes in lesson.figures[name].axes[::2]] == [PHOTO.name, SECOND_PHOTO.name]
+
+
+def test_02_shows_the_worst_mistakes_of_zero_shot(tmp_path, figures, monkeypatch, vgg, capsys, watched):
     """Sorted by how far the wrong sum exceeds the right one: cat.1 comes before cat.2, whose wrong sum is larger."""
     dataset = make_dataset(tmp_path / "data", train=1, valid=(3, 2))
     sums = np.array([[.6, .1], [.05, .45], [.44, .52], [.8, .1], [.1, .6]])  # of cats and of dogs, for 3 cats, 2 dogs
@@ -178,10 +184,15 @@ def test_02_shows_the_worst_mistakes_of_zero_shot(tmp_path, figures, monkeypatch
         p[[281, 285]], p[[151, 268]], p[[150, 269, 280, 286]] = cat / 2, dog / 2, (1 - cat - dog) / 4
     vgg.forward = lambda inputs: torch.tensor(np.log(probs[:len(inputs)]), dtype=torch.float32)
     monkeypatch.setattr(common, "load_vgg16", lambda weights: vgg)
+    calls = watched("support.progress")
     run_here("02_vgg_imagenet.py", "--data-dir", dataset, "--output-dir", tmp_path, "--zero-shot")
+    assert calls == [(1, 5, "images")]
     assert ("\naccuracy 0.4000 on 5 validation images\nof 3 cats: 1 predicted as cats, 2 as dogs\n"
             "of 2 dogs: 1 predicted as cats, 1 as dogs\nprobability of all other classes, neither cats nor dogs: "
             "0.2480 on average\n") in capsys.readouterr().out
+    saved = json_of(tmp_path / "02_zero_shot.json")
+    assert (saved["valid_accuracy"], saved["confusion"]) == (0.4, [[1, 2], [1, 1]])
+    assert saved["outside"] == pytest.approx(0.248)
     worst = [dataset / "valid" / name for name in ("dogs/dog.0.jpg", "cats/cat.1.jpg", "cats/cat.2.jpg")]
     figure = figures["02_zero_shot.png"]
     assert_shows(figure, worst, sums[[3, 1, 2]])

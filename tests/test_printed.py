@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLE, SCRIPTS, TRAIN, VALID, json_of
+from conftest import SAMPLE, SCRIPTS, TRAIN, VALID, json_of, run_here
 from PIL import Image
 from torchvision import models
 
@@ -64,6 +64,13 @@ def test_each_script_prints_its_options_and_leads_to_the_next(lesson):
 def test_the_lectures_variables_are_printed(lesson, script, lines):
     """A student compares them with the video, and shows them to whoever helps."""
     assert_printed(lesson, script, *lines)
+
+
+def test_04_says_how_an_untrained_network_learns_something(out, figures, capsys):
+    """Otherwise a first try without network would end with 50%."""
+    run_here(PRECOMPUTE, "--sample", "--output-dir", out, "--weights", "untrained", "--epochs", 1)
+    assert ("almost nothing in this time. To see it learn:\npython 04_precompute.py --sample --layer fc7 --epochs 200 "
+            "--weights untrained --lr 0.1\n") in capsys.readouterr().out
 
 
 def test_02_and_03_print_probabilities(lesson):
