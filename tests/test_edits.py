@@ -22,6 +22,7 @@ DATA, NETWORK, HEAD, PRECOMPUTE, ANALYSIS = SCRIPTS
 STEPS = common.imagenet_format.transforms  # CenterCrop, ToTensor, Normalize
 ONE_EPOCH = ["--epochs", 1]
 LOADED = "    args.weights = get_weights"  # the line of the scripts after load_data
+NETWORK_LINE = "    model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py\n"
 CALL = "    history = train_model("
 TRAIN_MODEL = "    def train_model(model, dataloader, size, epochs=1, optimizer=None): pass\n"  # no history
 
@@ -79,9 +80,8 @@ def test_what_other_edits_gave_is_not_used(options, figures, capsys):
     """03's last layer, after edits of 03 alone; the features of images that are augmented, but not the others."""
     gray = "    dsets['train'].transform = transforms.Compose([transforms.Grayscale(3), dsets['train'].transform])\n"
     fewer = "    dsets['train'].samples = dsets['train'].samples[1:]\n"
-    network = "    model_vgg = load_vgg16(args.weights)  # as in 02_vgg_imagenet.py\n"
     dropout = "    model_vgg.classifier[2] = nn.Dropout(0.2)\n"
-    run_here(HEAD, *options, *ONE_EPOCH, edits={LOADED: fewer + LOADED, network: network + dropout})
+    run_here(HEAD, *options, *ONE_EPOCH, edits={LOADED: fewer + LOADED, NETWORK_LINE: NETWORK_LINE + dropout})
     changed = "03_head.pt was trained with different training images and a different network"
     assert changed in message(run_here, ANALYSIS, *options, "--n-view", 1, "--image", PHOTO)
     run_here(PRECOMPUTE, *options, *ONE_EPOCH)
@@ -150,8 +150,11 @@ def test_cross_entropy_gives_probabilities(options, out, figures):
 @pytest.mark.parametrize("old, new, advice", [
     (LOADED, "    dsets['train'].transform = transforms.ToTensor()\n" + LOADED, "add a crop to the transform"),
     (LOADED, "    dsets['train'].transform = transforms.CenterCrop(224)\n" + LOADED, "add transforms.ToTensor()"),
+    (LOADED, "    dsets['train'].transform = transforms.Compose([transforms.CenterCrop(224), transforms.PILToTensor(), "
+     "transforms.Normalize(mean=[0], std=[1])])\n" + LOADED, "use transforms.ToTensor(), not PILToTensor"),
+    (NETWORK_LINE, "    model_vgg = models.resnet18()\n", "such as models.vgg13"),
     (CALL, TRAIN_MODEL + CALL, "criterion and after_epoch: remove both")],
-    ids=["no crop", "no ToTensor", "the lecture's train_model with our call"])
+    ids=["no crop", "no ToTensor", "whole numbers", "no features", "the lecture's train_model with our call"])
 def test_a_training_that_cannot_work_ends_in_one_line(out, figures, old, new, advice):
     """The student does not look for the error in a traceback."""
     assert advice in message(run_here, HEAD, "--sample", "--output-dir", out, edits={old: new})

@@ -18,6 +18,8 @@ MEMORY = ("close other programs, add --num-workers 0, use a smaller --batch-size
 @pytest.mark.parametrize("error, advice", [
     (OSError(errno.EMFILE, "Too many open files", "a.npy"), WORKERS), (RuntimeError("can't start new thread"), WORKERS),
     (OSError("strange"), "fix this, or choose another folder"),
+    *[(NameError(f"name '{name}' is not defined"),
+       "paste the lecture's functions into the script, after criterion = ...") for name in ["device", "criterion"]],
     (OSError(errno.EIO, "Failed", f"/{'long' * 40}/a.jpg"),
      "check the disk or the network drive, and run this script again"),
     (AttributeError("Can't pickle local object 'f'\nmore"),

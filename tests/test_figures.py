@@ -11,6 +11,7 @@ from conftest import PHOTO, SECOND_PHOTO, TRAIN, VALID, fake_results, json_of, m
 from matplotlib.colors import to_hex
 from PIL import Image
 from torchvision import transforms
+from torchvision.utils import make_grid
 
 import common
 
@@ -285,6 +286,14 @@ def test_a_view_without_images_says_so_in_one_row():
     axes, = plt.gcf().axes
     assert texts(axes.texts) == ["none"] and not axes.axison
     assert (plt.gcf().get_suptitle(), plt.gcf().get_figheight()) == ("Incorrect", pytest.approx(4.0))
+
+
+def test_names_stand_above_their_own_row_of_a_grid():
+    """A student shows ten images: make_grid begins a new row after eight."""
+    common.imshow(make_grid(torch.zeros(10, 3, 20, 20)), title=list("abcdefghij"))
+    place = {text.get_text(): text.get_position() for text in plt.gca().texts}
+    x, y = place["a"]
+    assert place["i"] == (x, pytest.approx(y + 20 + 2, abs=1))  # an image and its border lower
 
 
 def test_a_long_or_strange_name_is_made_to_fit_above_an_image():
