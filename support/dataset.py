@@ -90,7 +90,8 @@ def get_dataset(data_dir, kaggle):
     except BaseException as error:
         shutil.rmtree(folder.parent, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{data_dir}: the disk is full: free {UNPACKED:,} bytes or change --data-dir") from error
+            raise UserError(f"{data_dir}: the disk is full: free about {UNPACKED:,} bytes, or use a different "
+                            "--data-dir") from error
         raise
     try:
         if data_dir.exists():  # empty: fill it, as it may be the current folder

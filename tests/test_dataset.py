@@ -180,7 +180,7 @@ def test_a_disk_that_is_full_while_unpacking_leaves_no_half_dataset(tmp_path, ar
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("tarfile.copyfileobj", lambda *args: raise_(full))  # the folders are already there
     assert fails(tmp_path) == (
-        f"error: {tmp_path / 'dogscats'}: the disk is full: free 4,000,000 bytes or change --data-dir")
+        f"error: {tmp_path / 'dogscats'}: the disk is full: free about 4,000,000 bytes, or use a different --data-dir")
 
 
 @pytest.mark.parametrize("name, kind", [
